@@ -34,8 +34,8 @@ hypothesis.settings.load_profile("any machine")
 
 
 def pytest_configure(config):
-    """Tests, and the processes that they start, see a GPU under ``-m gpu`` alone: elsewhere
-    ``device=auto`` is the CPU, as on a machine without one."""
+    """Tests and the processes that they start see a GPU only under ``-m gpu``: otherwise
+    ``device=auto`` is the CPU, as on a machine without a GPU."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -53,11 +53,11 @@ LONGEST = (
     "test_endings",
     "test_memory",
 )
-"""Files that take long. Beside them test_same_results took 215 s, beside others 100 s."""
+"""The slowest files but for test_same_results: it takes 215 s beside these, 100 s beside others."""
 
 
 def pytest_collection_modifyitems(items):
-    """What takes long comes first, so that the workers end at about the same time."""
+    """Slow tests come first, so that all workers end at about the same time."""
 
     def key(item):
         is_quick = item.get_closest_marker("slow") is None
@@ -67,13 +67,13 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Modules stay: to look through them for garbage takes a second each time."""
+    """Modules are never garbage, and looking through them takes a second each time."""
     gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport():
-    """What tests print of names that are no text: a worker's reports must be text."""
+    """Tests print names that are not valid text, but the reports of workers must be."""
     report = yield
     report.sections = [
         (title, content.encode("utf-8", "backslashreplace").decode())
@@ -107,13 +107,8 @@ FINETUNE_CONFIG = (
     CLASSIFIER
     + """
 init_weights: {init_weights}
-recipe:
-  epochs: 20
-  batch_size: 6
-  base_lr: 0.4
-  warmup_epochs: 2
-  layer_decay: 0.9
-  average_momentum: 0.8
+recipe: {{epochs: 20, batch_size: 6, base_lr: 0.4, warmup_epochs: 2, layer_decay: 0.9,
+  average_momentum: 0.8}}
 augmentation: {{area: [0.5, 1.0], rand_augment: rand-m3-n1, mix_probability: 0.5, mixup: 0.2}}
 logging: {{every_updates: 1, validate_every_epochs: 10, trackers: [jsonl]}}
 checkpoint: {{every_updates: 5, keep_last: 1}}
@@ -121,7 +116,7 @@ test: {{clips: 2, crops: 2, weights: average}}
 """
     + ENGINE
 )
-"""30 updates of 6 videos, each twice, of 9 videos in all."""
+"""30 updates with 6 of 9 videos, and two clips of each."""
 DISTURBED = """
 import os, signal, sys
 from hpm_video.training import checkpoint, run
@@ -152,32 +147,32 @@ sys.path.insert(0, "tools")
 import {tool}
 sys.exit({tool}.main())
 """
-"""A run that gets a signal at a certain place, all processes of it."""
+"""A run of which all processes get a signal at a certain place."""
 
 
 @pytest.fixture(scope="session")
 def reserve_port():
-    """Makes ports that nobody else is given before the tests end, as tools/launch.py does."""
-    with ExitStack() as places:
+    """Find ports that nobody else gets before the tests end, as tools/launch.py does."""
+    with ExitStack() as stack:
 
         def reserve() -> int:
-            place = places.enter_context(socket.socket())
-            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            place.bind(("127.0.0.1", 0))
-            return place.getsockname()[1]
+            bound = stack.enter_context(socket.socket())
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(("127.0.0.1", 0))
+            return bound.getsockname()[1]
 
         yield reserve
 
 
 @pytest.fixture(scope="session")
 def make_once(tmp_path_factory):
-    """Make a folder once for all processes that share the tests; the others wait for it."""
-    place = tmp_path_factory.getbasetemp()
-    place = place.parent if "PYTEST_XDIST_WORKER" in os.environ else place
+    """Make a folder once for all pytest workers, which wait for the one that makes it."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
     def make(name: str, fill) -> Path:
-        folder, done = place / name, place / f"{name}.done"
-        with (place / f"{name}.lock").open("w") as lock:
+        folder, done = base / name, base / f"{name}.done"
+        with (base / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not done.exists():
                 shutil.rmtree(folder, ignore_errors=True)
@@ -191,7 +186,7 @@ def make_once(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def videos(make_once) -> Path:
-    """Folder of a folder ``train`` with 14 videos and a folder ``validation`` with 4."""
+    """Folders ``train`` with 14 videos and ``validation`` with 4."""
     return make_once(
         "videos with spaces", lambda folder: write_all(folder, moving_texture, "texture {}")
     )
@@ -199,43 +194,36 @@ def videos(make_once) -> Path:
 
 @pytest.fixture(scope="session")
 def labelled_videos(make_once) -> Path:
-    """Folders ``train`` with 9 and ``validation`` with 6 videos, in class folders by their tint."""
+    """Folders ``train`` with 9 videos and ``validation`` with 6, in class folders by tint."""
     return make_once(
         "labelled", lambda folder: write_classes(folder, lambda _, seed: moving_texture(seed))
     )
 
 
+def write_config(make_once, name: str, text: str, data: Path) -> Path:
+    text = text.format(train=data / "train", validation=data / "validation")
+    return make_once(name, lambda folder: (folder / "tiny.yaml").write_text(text)) / "tiny.yaml"
+
+
 @pytest.fixture(scope="session")
 def finetune_config(labelled_videos, finished_run, make_once) -> Path:
     """Fine-tuning from the finished pre-training run."""
-    text = FINETUNE_CONFIG.format(
-        init_weights=finished_run / "checkpoints" / "last",
-        train=labelled_videos / "train",
-        validation=labelled_videos / "validation",
-    )
-    folder = make_once("finetune config", lambda folder: (folder / "tiny.yaml").write_text(text))
-    return folder / "tiny.yaml"
+    text = FINETUNE_CONFIG.replace("{init_weights}", str(finished_run / "checkpoints" / "last"))
+    return write_config(make_once, "finetune config", text, labelled_videos)
 
 
 @pytest.fixture(scope="session")
 def config_file(videos, make_once) -> Path:
-    """28 updates of 4 videos. Checkpoints in the middle of epochs (5, 10 ...), and at 14 and 28."""
-    text = CONFIG.format(train=videos / "train", validation=videos / "validation")
-    return make_once("config", lambda folder: (folder / "tiny.yaml").write_text(text)) / "tiny.yaml"
-
-
-@pytest.fixture(scope="session")
-def pretrain(config_file, start_program):
-    """Start ``tools/pretrain.py`` in a process of its own."""
-    return starter_of("pretrain", config_file, start_program)
+    """28 updates of 4 videos. Checkpoints within epochs (5, 10 ...), and at 14 and 28."""
+    return write_config(make_once, "config", CONFIG, videos)
 
 
 class Program:
-    """A program of the repository in a process of its own, forked from one that has imported all.
+    """A program of the repository in its own process, forked from a server with all imports.
 
-    Importing torch takes longer than most programs of the tests. The pools of the program fork
-    from the same process, but for the environment variable OWN_SERVER: those of another one do not
-    get the signals to the program's group. It has what the tests use of ``subprocess.Popen``;
+    Importing torch takes longer than most programs of the tests. The program's pools fork from the
+    same server, and so do not get signals to the program's group, unless the environment variable
+    OWN_SERVER is set. The interface is the part of ``subprocess.Popen`` that the tests use;
     standard output and errors are one text.
     """
 
@@ -249,11 +237,9 @@ class Program:
             "output": self._output,
             "server": forkserver._forkserver._forkserver_address,
         }
-        self._process = FORKS.Process(
-            target=runpy.run_path,
-            args=(str(Path(__file__).with_name("program.py")),),
-            kwargs={"init_globals": values, "run_name": "__main__"},
-        )
+        path = str(Path(__file__).with_name("program.py"))
+        options = {"init_globals": values, "run_name": "__main__"}
+        self._process = FORKS.Process(target=runpy.run_path, args=(path,), kwargs=options)
         self._process.start()
         self.pid = self._process.pid
 
@@ -284,12 +270,12 @@ FORKS.set_forkserver_preload(
 
 @pytest.fixture(scope="session")
 def start_program(tmp_path_factory):
-    """Start a program of the repository, with the package and not the folder ``datasets``."""
-    place = tmp_path_factory.mktemp("import")
-    (place / "hpm_video").symlink_to(ROOT / "hpm_video")
+    """Start a program of the repository that can import the package, but not ``datasets``."""
+    folder = tmp_path_factory.mktemp("import")
+    (folder / "hpm_video").symlink_to(ROOT / "hpm_video")
 
     def start(*arguments, **variables) -> Program:
-        return Program(arguments, os.environ | {"PYTHONPATH": str(place)} | variables, place)
+        return Program(arguments, os.environ | {"PYTHONPATH": str(folder)} | variables, folder)
 
     return start
 
@@ -310,7 +296,7 @@ def start_job(start_program, reserve_port):
 
 
 def starter_of(tool, config, start_program):
-    """Starts runs; at ``place`` one gets the signal ``number``."""
+    """Start runs of a tool; with ``place`` they get the signal ``number`` there."""
 
     def start(run, *overrides, place=None, number="SIGKILL", curves=False) -> Program:
         arguments = [f"tools/{tool}.py", str(config), f"output_dir={run}", *overrides]
@@ -325,8 +311,20 @@ def starter_of(tool, config, start_program):
 
 
 @pytest.fixture(scope="session")
+def pretrain(config_file, start_program):
+    """Start ``tools/pretrain.py`` in a process of its own."""
+    return starter_of("pretrain", config_file, start_program)
+
+
+@pytest.fixture(scope="session")
+def finetune(finetune_config, start_program):
+    """Start ``tools/finetune.py`` in a process of its own."""
+    return starter_of("finetune", finetune_config, start_program)
+
+
+@pytest.fixture(scope="session")
 def finished_run(pretrain, make_once) -> Path:
-    """The directory of a run that nothing interrupted; its output lies beside."""
+    """The directory of a run that nothing interrupted, beside its output."""
 
     def fill(folder: Path) -> None:
         (folder / "output.txt").write_text(finish(pretrain(folder / "run", curves=True)))
@@ -336,16 +334,13 @@ def finished_run(pretrain, make_once) -> Path:
 
 @pytest.fixture(scope="session")
 def finetuned_run(finetune_config, make_once) -> Path:
-    """The directory of a fine-tuning run, started as a user starts it; its output lies beside."""
+    """The directory of a fine-tuning run, started as a user starts it, beside its output."""
 
     def fill(folder: Path) -> None:
+        command = [ROOT / "run_finetune.sh", finetune_config, f"output_dir={folder / 'run'}"]
+        environment = os.environ | {"HPM_PYTHON": sys.executable}
         script = subprocess.run(
-            [str(ROOT / "run_finetune.sh"), str(finetune_config), f"output_dir={folder / 'run'}"],
-            cwd=folder,
-            env=os.environ | {"HPM_PYTHON": sys.executable},
-            capture_output=True,
-            text=True,
-            check=False,
+            command, cwd=folder, env=environment, capture_output=True, text=True
         )
         assert script.returncode == 0, script.stdout + script.stderr
         (folder / "output.txt").write_text(script.stdout)
@@ -353,15 +348,9 @@ def finetuned_run(finetune_config, make_once) -> Path:
     return make_once("finetuned", fill) / "run"
 
 
-@pytest.fixture(scope="session")
-def finetune(finetune_config, start_program):
-    """Start ``tools/finetune.py`` in a process of its own."""
-    return starter_of("finetune", finetune_config, start_program)
-
-
 @pytest.fixture
 def call_tool(without_curves, monkeypatch, capsys, caplog):
-    """Run a program of ``tools/`` in this process. -> exit code, and what it logs and prints"""
+    """Run a program of ``tools/`` in this process. -> exit code and output, with its log"""
     monkeypatch.syspath_prepend(ROOT / "tools")
 
     def call(name, *arguments) -> tuple[int, str]:
@@ -375,7 +364,7 @@ def call_tool(without_curves, monkeypatch, capsys, caplog):
 
 @pytest.fixture
 def without_curves(monkeypatch):
-    """Draw no curves of runs in this process: they take as long as all updates of a tiny run."""
+    """Draw no curves in this process: they take as long as all updates of a tiny run."""
     for name in ("runs.run", "training.run"):
         monkeypatch.setattr(f"hpm_video.{name}.plot_curves", lambda *_: None)
 
@@ -386,9 +375,9 @@ def run_tool(start_program, start_job):
 
     def run(name, *arguments, processes=1) -> tuple[int, str]:
         command = [f"tools/{name}.py", *arguments]
-        started = [start_program(*command)] if processes == 1 else start_job(processes, *command)
-        outputs = [program.communicate()[0] for program in started]
-        codes = [program.returncode for program in started]
+        programs = [start_program(*command)] if processes == 1 else start_job(processes, *command)
+        outputs = [program.communicate()[0] for program in programs]
+        codes = [program.returncode for program in programs]
         return next(filter(None, codes), 0), "".join(outputs)
 
     return run

@@ -1,4 +1,4 @@
-"""The package from Python and as an installed wheel."""
+"""The package as used from Python and as an installed wheel."""
 
 import base64
 import hashlib
@@ -200,7 +200,7 @@ def test_the_card_has_the_licence_of_imported_weights_that_a_run_began_with(untr
 
 
 class LoopbackHub(BaseHTTPRequestHandler):
-    """As much of the Hub as one upload and one download need."""
+    """The parts of the Hub that an upload and a download need."""
 
     stored: ClassVar[dict[str, bytes]] = {}
 
@@ -312,7 +312,7 @@ def test_features_difficulty_and_masks_of_clips(model, frames):
     assert model.features(frames).shape == (1, 16)
     last, first = model.features(np.stack([frames, frames]), layers=(-1, 0))
     assert last.shape == first.shape == (2, 32, 16)
-    assert torch.equal(last, first)  # the encoder has one block
+    assert torch.equal(last, first)  # the encoder has only one block
     normed = model._inference.model.norm(last[:1])
     assert torch.allclose(normed.mean(dim=1), model.features(frames), atol=1e-5)
     with pytest.raises(ValueError, match="has the blocks 0 to 0, got 1"):
@@ -396,7 +396,7 @@ def test_the_page_on_python_runs(finished_run, finetuned_run, videos, config_fil
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_curves")
 def test_the_notebook_runs(finished_run, labelled_videos, config_file, tmp_path, monkeypatch):
-    """Each cell in turn, on a tiny model and videos; magic commands are Jupyter's."""
+    """Each cell runs in turn on a tiny model and videos, without Jupyter's magic commands."""
     monkeypatch.setenv("MPLBACKEND", "agg")
     names = {
         "runs/demo": str(finished_run),
@@ -426,7 +426,7 @@ def test_the_notebook_runs(finished_run, labelled_videos, config_file, tmp_path,
 @pytest.mark.slow
 def test_a_wheel_has_commands_and_configs(tmp_path):
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    source = tmp_path / "source"  # for setuptools leaves folders beside what it builds
+    source = tmp_path / "source"  # a copy: setuptools leaves folders beside its source
     source.mkdir()
     for name in ("hpm_video", "tools", "configs", "pyproject.toml", "README.md", "LICENSE"):
         (source / name).symlink_to(ROOT / name)
@@ -438,7 +438,7 @@ def test_a_wheel_has_commands_and_configs(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     venv.create(tmp_path / "env", symlinks=True)
     (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
-    with zipfile.ZipFile(wheel) as archive:  # as pip installs what has no scripts
+    with zipfile.ZipFile(wheel) as archive:  # this is how pip installs a wheel without scripts
         archive.extractall(site)
     libraries = Path(torch.__file__).parents[1]
     (site / "libraries.pth").write_text(f"{libraries}\n")
@@ -467,7 +467,7 @@ def test_a_wheel_has_commands_and_configs(tmp_path):
 
 
 def run_python(python, environment, folder) -> str:
-    """Of an installed package: where it lies, and the kind of a config found by its name."""
+    """Where an installed package lies, and the kind of a config found by its name."""
     code = (
         "import hpm_video; print(hpm_video.__path__[0]); "
         "print(type(hpm_video.load_config('k400_hpm_b')).__name__)"

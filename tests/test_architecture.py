@@ -1,4 +1,4 @@
-"""The seams of the design, checked on the source."""
+"""Rules of the design, checked on the source code."""
 
 import ast
 import re
@@ -59,7 +59,7 @@ SEES_A_CONFIG = {
     "weights/importing.py",
 }
 NO_SCHEMA = {"choices", "checks", "batch_plan"}
-"""Modules of config/ that everybody may import: they know no section."""
+"""Modules of config/ that every module may import: they know no section."""
 ORDER = (
     ("files", "randomness", "tokens"),
     ("config",),
@@ -72,14 +72,14 @@ ORDER = (
     ("runs",),
     ("api",),
 )
-"""The folders from the bottom: each imports what stands before it, and nothing beside it."""
+"""Folders from the bottom: each may import only those in the lines before its own."""
 PURE = {
     "tokens": {"tokens"},
     "models": {"tokens", "randomness", "config", "models", "files"},
     "training/progress.py": set(),
     "mining/losses.py": {"config"},
 }
-"""What may be imported there of the package."""
+"""The parts of the package that may be imported there."""
 CORE = (
     "tokens/masking",
     "tokens/patches",
@@ -97,15 +97,15 @@ CORE = (
     "models/classifier",
     "models/vit",
 )
-"""What must work alike for images and for video."""
+"""Modules that must work alike for images and video."""
 SAID_IN_THE_CORE = {
-    "videomae",  # the name of a paper, whose rule or convention it is
+    "videomae",  # the paper whose rule or convention it is
     "hpm_video",  # the name of the package
-    "tokens_per_step",  # of TokenGrid: tokens of one time step, of which an image has one
+    "tokens_per_step",  # in TokenGrid; an image has one time step
 }
 DECIDED_BY_TIME = {
-    # One of the rankers that a predictor is held against looks at motion, and of one time step
-    # there is none: no ranker then, instead of one that calls all patches equally hard.
+    # One of the rankers that a predictor is compared with looks at motion. For one time step it
+    # is left out, as it would find all patches equally hard.
     "mining/validation": {"clips.shape[2] > 1"},
 }
 
@@ -148,7 +148,7 @@ def test_only_the_assembly_sees_a_config():
 
 
 def own_imports(path: Path) -> set[str]:
-    """The folders of the package that a module imports from, and modules at its root."""
+    """The package's folders and root modules that a module imports from."""
     return {name.split(".")[1] for name in imports_of(path) if name.startswith("hpm_video.")}
 
 
@@ -177,14 +177,14 @@ def imported_from_above(path: Path) -> set[str]:
     return own_imports(path) - {own} - {name for names in ORDER[:level] for name in names}
 
 
-def test_no_room_without_a_name():
+def test_no_module_has_a_vague_name():
     vague = {"utils", "util", "misc", "common", "helpers"}
     folders = [SOURCE, *(ROOT / name for name in ("tools", "tests", "datasets"))]
     assert not [path for folder in folders for path in folder.rglob("*.py") if path.stem in vague]
 
 
 def identifiers_of(tree: ast.AST) -> set[str]:
-    """Every name in a program, but those of modules that it imports."""
+    """Every name in a program, except names of imported modules."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
@@ -203,7 +203,7 @@ def identifiers_of(tree: ast.AST) -> set[str]:
 
 
 def strings_of(tree: ast.AST) -> set[str]:
-    """Every string in a program, also in f-strings, but docstrings."""
+    """Every string in a program, including parts of f-strings, but not docstrings."""
     docstrings = {
         id(node.value)
         for node in ast.walk(tree)
@@ -219,7 +219,7 @@ def strings_of(tree: ast.AST) -> set[str]:
 
 
 def conditions_of(tree: ast.AST) -> list[ast.AST]:
-    """Everything that a program compares, or decides by."""
+    """All comparisons and conditions of a program."""
     found: list[ast.AST] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare | ast.BoolOp):
@@ -236,7 +236,7 @@ def conditions_of(tree: ast.AST) -> list[ast.AST]:
 
 
 def looks_at_time(condition: ast.AST) -> bool:
-    """Whether it contains the length of a clip: ``time``, ``num_frames``, ``shape[2]``."""
+    """Whether it uses the length of a clip: ``time``, ``num_frames``, ``shape[2]``."""
     for node in ast.walk(condition):
         if isinstance(node, ast.Name) and node.id in ("time", "num_frames"):
             return True
@@ -253,8 +253,8 @@ def looks_at_time(condition: ast.AST) -> bool:
 def test_core_has_no_name_for_images_or_video(name):
     tree = ast.parse((SOURCE / f"{name}.py").read_text())
     words = (identifiers_of(tree) | strings_of(tree)) - SAID_IN_THE_CORE
-    told = [word for word in words if re.search("image|video|frame", word, re.IGNORECASE)]
-    assert not told
+    found = [word for word in words if re.search("image|video|frame", word, re.IGNORECASE)]
+    assert not found
 
 
 @pytest.mark.parametrize("name", CORE)

@@ -1,4 +1,4 @@
-"""pyproject.toml and the requirement files say the same."""
+"""pyproject.toml and the requirements files agree."""
 
 import re
 from pathlib import Path

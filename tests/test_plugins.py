@@ -1,4 +1,4 @@
-"""What programs of users add by name, from Python and for the commands."""
+"""Parts that users register by name, from Python and for the commands."""
 
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
@@ -24,7 +24,7 @@ from hpm_video.training.trackers import TRACKERS, check_trackers
 
 @pytest.fixture(autouse=True)
 def unplugged(monkeypatch):
-    """Nothing that a test registers stays."""
+    """Undo all registrations of a test."""
     monkeypatch.setattr(plugins, "entry_points", lambda group: ())
     plugins.load_plugins.cache_clear()
     before = set(plugins.REGISTERED)
@@ -38,7 +38,7 @@ def unplugged(monkeypatch):
 
 @dataclass(frozen=True)
 class Sampled(MaskStrategy):
-    """Hides the units of the lowest draws, whatever is hard."""
+    """Hides the units with the lowest draws, whatever their difficulty."""
 
     def choose(self, difficulty, priority, num_masked, num_picked):
         lowest = priority.argsort(dim=1)[:, :num_masked]
@@ -70,24 +70,24 @@ CHOICES = [
 
 @pytest.mark.parametrize(("kind", "key", "thing"), CHOICES)
 def test_a_config_takes_registered_names_alone(kind, key, thing):
-    given = f"{key}=mine"
+    override = f"{key}=mine"
     with pytest.raises(ConfigError, match=rf"{key} must be one of [\w, ]+, got mine; hpm_video.re"):
-        hpm_video.load_config("pretrain/demo", given)
+        hpm_video.load_config("pretrain/demo", override)
     hpm_video.register(kind, "mine", thing)
-    hpm_video.load_config("pretrain/demo", given)
+    hpm_video.load_config("pretrain/demo", override)
     with pytest.raises(ConfigError, match=rf"{key} must be one of [\w, ]+, mine, got other;"):
-        hpm_video.load_config("pretrain/demo", given.replace("mine", "other"))
+        hpm_video.load_config("pretrain/demo", override.replace("mine", "other"))
     with pytest.raises(ValueError, match=r"that is not taken \([\w, ]+\), got 'mine'"):
         hpm_video.register(kind, "mine", thing)
 
 
 def test_a_run_needs_its_trackers_and_its_config_is_read_without_them(tmp_path, call_tool):
-    given = "logging.trackers=[mine]"
-    config = hpm_video.load_config("pretrain/demo", given)
+    override = "logging.trackers=[mine]"
+    config = hpm_video.load_config("pretrain/demo", override)
     message = r"logging.trackers must be one of jsonl, tensorboard, wandb, mlflow, got mine; hpm_v"
     with pytest.raises(ConfigError, match=message):
         check_trackers(config.logging)
-    code, output = call_tool("pretrain", "pretrain/demo", given, "--dry-run", "--files", 24)
+    code, output = call_tool("pretrain", "pretrain/demo", override, "--dry-run", "--files", 24)
     assert code == 2
     assert "got mine; hpm_video.register('tracker', ...) adds others" in output
     hpm_video.register("tracker", "mine", TRACKERS["jsonl"])

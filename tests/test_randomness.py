@@ -52,7 +52,7 @@ def draw_within_another_key(fails: bool) -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_afterwards_they_go_on_as_if_nothing_had_been_drawn(fails):
-    random.gauss(0, 1)  # half of a pair, of which the other half waits
+    random.gauss(0, 1)  # one of a pair of values; the other one waits
     np.random.randn()
     torch.randn(())
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()

@@ -62,11 +62,11 @@ TOKENS = {
     **{"demo": 108, "demo_mixed": 108, "demo_images": 64},
     **{"cifar10": 64, "in1k": 196, "in1k_hpm_h": 256},
 }
-"""Of a clip, by the name of a config or the data it begins with; 1568 otherwise."""
+"""Tokens of a clip, by the name of a config or of the data that it starts with; otherwise 1568."""
 
 
 def shallow(config):
-    """With two blocks in the encoder; the first house's tests build them all."""
+    """The config with two blocks in the encoder; tests/first_house builds them all."""
     encoder = replace(config.model.encoder, depth=2)
     return replace(config, model=replace(config.model, encoder=encoder))
 
@@ -358,14 +358,14 @@ def test_which_targets_need_a_teacher(target, predictor, needs_one, pixels):
     assert config.mining.feature_kind is None
 
 
-def test_a_feature_model_is_named_by_its_kind_unless_told():
-    given = ["mining.feature_weights=w.pth"]
+def test_a_feature_model_is_named_by_its_kind_unless_the_config_names_one():
+    weights = ["mining.feature_weights=w.pth"]
     for kind in ("dino", "clip"):
-        mining = load_config(PretrainConfig, DEMO, [f"mining.target={kind}", *given]).mining
+        mining = load_config(PretrainConfig, DEMO, [f"mining.target={kind}", *weights]).mining
         assert (mining.feature_kind, mining.feature_name) == (kind, DEFAULT_MODELS[kind])
         assert (mining.pixel_kind, mining.has_teacher) == (None, True)
-    named = ["mining.target=dino", "mining.feature_model=vit_small_patch8_224.dino", *given]
-    name = load_config(PretrainConfig, DEMO, named).mining.feature_name
+    explicit = ["mining.target=dino", "mining.feature_model=vit_small_patch8_224.dino", *weights]
+    name = load_config(PretrainConfig, DEMO, explicit).mining.feature_name
     assert name == "vit_small_patch8_224.dino"
 
 
@@ -390,7 +390,7 @@ def test_keys_of_earlier_runs_are_read():
 
 
 def load_classifier(path, overrides=()):
-    """A config of a classifier; where the pre-trained weights are left open, from scratch."""
+    """A classifier's config; from scratch where it leaves the pre-trained weights open."""
     open_weights = ["init_weights=null"] if "init_weights: ???" in path.read_text() else []
     return load_config(FinetuneConfig, path, [*open_weights, *overrides])
 
@@ -744,7 +744,7 @@ def test_a_config_is_found_by_its_name():
         load_config(FinetuneConfig, Path("k400_hpm_b"), [])
 
 
-def test_a_config_of_the_other_kind_is_told():
+def test_a_config_of_the_other_kind_is_refused():
     with pytest.raises(ConfigError, match="is a config of pre-training; take one of fine-tuning"):
         load_config(FinetuneConfig, ROOT / "configs/pretrain/demo.yaml", [])
     with pytest.raises(ConfigError, match="is a config of fine-tuning; take one of pre-training"):

@@ -26,11 +26,11 @@ ALL = Augmentation(
     AREA, RATIO, True, RAND_AUGMENT, 0.25, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 )
 WHOLE = Augmentation((1.0, 1.0), (1.0, 1.0), False, None, 0.0, (0.4, 0.5, 0.6), (0.05, 0.1, 0.1))
-"""Of square frames it changes nothing. Its noise is never black, nor clipped."""
+"""It leaves square frames unchanged. Its noise is never black, and never clipped."""
 
 
 def frames_of(num_frames: int = 3, height: int = 40, width: int = 56, seed: int = 0) -> np.ndarray:
-    """Pictures with colours, edges and little noise, each another one: (T, H, W, C) uint8"""
+    """Different pictures with colours, edges and a little noise: (T, H, W, C) uint8"""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (num_frames, height // 8 + 1, width // 8 + 1, 3))
     big = np.kron(coarse, np.ones((1, 8, 8, 1), dtype=int))[:, :height, :width]
@@ -38,12 +38,12 @@ def frames_of(num_frames: int = 3, height: int = 40, width: int = 56, seed: int 
 
 
 def keys_of(seed: int) -> tuple[int, int, int]:
-    """Under which box, operations and erasing of a generator's clip are drawn."""
+    """The keys under which the box, the operations and the erasing of a clip are drawn."""
     box, change, erase = np.random.default_rng(seed).integers(2**63, size=3)
     return int(box), int(change), int(erase)
 
 
-# --- The whole ---------------------------------------------------------------------------------
+# --- Whole clips ---------------------------------------------------------------------------------
 
 
 def test_a_clip_depends_on_its_draw_alone():
@@ -139,7 +139,7 @@ def test_the_box_lies_inside_the_frame(height, width, key):
 
 @given(height=st.integers(25, 400), width=st.integers(25, 400), key=st.integers(0, 2**63 - 1))
 def test_its_area_and_ratio_are_in_range(height, width, key):
-    """Up to the rounding of its sides."""
+    """Apart from the rounding of its sides."""
     box = random_box(height, width, AREA, RATIO, key)
     assert (box.height + 0.5) * (box.width + 0.5) >= AREA[0] * height * width
     assert (box.width + 0.5) / (box.height - 0.5) >= RATIO[0]
@@ -205,7 +205,7 @@ def test_left_stays_left_without_flip():
 
 @pytest.mark.parametrize("config", [RAND_AUGMENT, "rand-m9-mstd0.5-inc1", "rand-m9-n3-tweights"])
 def test_each_frame_is_what_timm_makes_of_it(config):
-    """Set up as timm sets it up, and under the same key for all frames."""
+    """timm is set up as in its own training, with the same key for all frames."""
     mean = ALL.mean
     stages = transforms_imagenet_train(
         (48, 32), auto_augment=config, interpolation="bicubic", mean=mean, separate=True
@@ -241,7 +241,7 @@ def test_what_passes_is_what_timm_takes(config):
 
 @pytest.mark.parametrize("config", ["rand-m10-n1-p1-inc1", "rand-m0-n1-p1", "rand-m30-mmax30-inc1"])
 def test_without_bits_a_frame_is_black(config):
-    """What timm means by its strongest Posterize, and Pillow 13 refuses."""
+    """This is timm's strongest Posterize, which Pillow 13 refuses."""
     augmentation = replace(WHOLE, rand_augment=config)
     clips = [
         augmentation(frames_of(2, 8, 8), (8, 8), np.random.default_rng(seed)) for seed in range(60)
@@ -284,19 +284,19 @@ def test_other_strings_are_refused(config):
 
 
 def boxes_of_noise(clips: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Where clips that were black are not: (h, w) bool each, the same for all frames."""
+    """Where black clips are no longer black: (h, w) bool each, the same for all frames."""
     boxes = [clip[0, 0] > 0 for clip in clips]
     for clip, box in zip(clips, boxes, strict=True):
         assert torch.equal(clip > 0, box.expand_as(clip))
         rows, columns = box.any(1), box.any(0)
         assert torch.equal(box, rows[:, None] & columns)
-        for side in (rows, columns):  # one run of pixels
+        for side in (rows, columns):  # one unbroken run of pixels
             assert side.int().diff().abs().sum() + side[0] + side[-1] in (0, 2)
     return boxes
 
 
 def erased(chance: float, count: int, num_frames: int = 2) -> list[torch.Tensor]:
-    """Black clips of 32 x 32 pixels, erased with that chance."""
+    """Black clips of 32 x 32 pixels, which are erased with that chance."""
     black = np.zeros((num_frames, 32, 32, 3), dtype=np.uint8)
     augmentation = replace(WHOLE, erasing=chance)
     return [augmentation(black, (32, 32), np.random.default_rng(seed)) for seed in range(count)]
@@ -341,7 +341,7 @@ def test_each_pixel_frame_and_channel_has_noise_of_its_own():
 
 
 def test_erasing_is_that_of_timm_on_normalised_clips():
-    """With real statistics, where black and white cut the noise."""
+    """Real statistics are used, for which black and white clip the noise."""
     frames = frames_of(2, 32, 32)
     plain = replace(WHOLE, mean=ALL.mean, std=ALL.std)
     for seed in range(20):

@@ -20,13 +20,13 @@ from hpm_video.workers.pool import Answer
 
 DATA = DataConfig(num_frames=2, frame_size=(4, 4), frame_stride=1, repeats=2, max_bad_share=0.5)
 SIZE = 2 * 3 * 2 * 4 * 4
-"""Bytes of a sample."""
+"""The bytes of a sample."""
 FILES = tuple(f"{number}.mp4" for number in range(40))
 META = torch.device("meta")
 
 
 def read(request, data=DATA):
-    """Read clips whose pixels are all the number of their file."""
+    """Read clips of which every pixel holds the number of the file."""
     number = int(request.path.removesuffix(".mp4"))
     if number in (7, 8):
         raise DecodeError("it is no good", request.path)
@@ -35,7 +35,7 @@ def read(request, data=DATA):
 
 
 class Here:
-    """A pool that does each job in this process, when somebody waits for a result."""
+    """A pool that does each job in this process when a result is requested."""
 
     def __init__(self, work, *_, **__):
         self.work, self.jobs = work, deque()
@@ -59,7 +59,7 @@ class Here:
 
 @pytest.fixture
 def shared(monkeypatch):
-    """Have batches be read in this process, one sample a job. -> the memory of each call"""
+    """Read batches in this process, one sample per job. -> the memory of each call"""
     made = []
 
     class Noted(Buffers):
@@ -109,7 +109,7 @@ def test_room_is_looked_for_before_whole_batches_take_it(shared, monkeypatch):
 
 @pytest.mark.parametrize("kept", [slice(None), slice(3, 4), slice(0, 0)])
 def test_a_buffer_is_written_to_again_when_no_view_of_its_batch_is_left(shared, kept):
-    """Whatever the consumer keeps; where it keeps all, what follows are copies."""
+    """This holds whatever the consumer keeps; if it keeps everything, later batches are copies."""
     held = [(batch.clips[kept], batch.keys[kept]) for batch in batches_of(clips_of(FILES[:7]))]
     assert len(held) == 10
     assert all((clips.flatten(1) == keys[:, None]).all() for clips, keys in held)
@@ -152,7 +152,7 @@ class Event:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Pretend that there is one; copies to it go nowhere. -> what was done, calls of cudart"""
+    """Pretend that there is a GPU; copies to it do nothing. -> log of events, calls of cudart"""
     done = []
 
     class Stream:
@@ -197,11 +197,11 @@ def test_a_buffer_is_free_when_its_copy_has_passed(gpu):
     copy, first = send()
     assert copy.clips.device == META
     sender.wait()
-    assert list(ring.free) == [1, 2], "nobody waits for the only one"
+    assert list(ring.free) == [1, 2], "nothing waits for a single copy"
     send()
     sender.wait()
     assert first.passed
-    assert list(ring.free) == [2, 0], "the older one is waited for"
+    assert list(ring.free) == [2, 0], "it waits for the older one"
     _, third = send()
     third.passed = True
     sender.wait()

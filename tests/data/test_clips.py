@@ -28,9 +28,9 @@ SEED = 7
 
 
 class GreyVideo:
-    """Frame i of the file '<n>' is grey of level i, and its first row of level n.
+    """Frame i of the file '<n>' is grey of level i, but its first row has level n.
 
-    Of the file 'wide<n>', every column has a level of its own, and so has every frame.
+    In the file 'wide<n>' every column of every frame has a level of its own.
     """
 
     num_frames = 30
@@ -105,7 +105,7 @@ def validation_clips(*names, spec=SPEC, clips=1, crops=1, **options):
 
 
 def frame_indices(clip):
-    """(C, T, H, W) -> the frames it was made of, from rows that no file number is in"""
+    """(C, T, H, W) -> indices of its frames, from rows that do not hold the file's number"""
     return clip[0, :, -1, -1].tolist()
 
 
@@ -177,7 +177,7 @@ def test_copies_of_the_same_frames_differ_in_their_crops():
     (read,) = GreyVideo.read_frames
     assert len(read) == 4
     assert np.diff(read).tolist() == [2, 2, 2]
-    assert len({clip.numpy().tobytes() for clip in sample.clips}) > 3, "crops of their own"
+    assert len({clip.numpy().tobytes() for clip in sample.clips}) > 3, "each copy has its own crop"
     assert len(set(sample.keys)) == 6
     grey = training("0", repeats=6, same_frames=True)
     starts = set()
@@ -185,7 +185,7 @@ def test_copies_of_the_same_frames_differ_in_their_crops():
         clips = [frame_indices(clip) for clip in grey[position].clips]
         assert clips == clips[:1] * 6
         starts.add(clips[0][0])
-    assert len(starts) > 10, "every epoch another clip"
+    assert len(starts) > 10, "every epoch has another clip"
 
 
 def test_the_first_copy_is_what_a_single_one_would_be():
@@ -234,7 +234,7 @@ def test_a_bad_file_is_recorded_and_the_next_of_the_epoch_takes_its_place():
     names = ("0", "1", "bad2", "3", "bad4", "5")
     whole = training()
     clips = training(*names)
-    told = set()
+    reported = set()
     for epoch in range(6):
         order = [Path(file).name for file in order_of(epoch, whole)]
         for slot, number in enumerate(order):
@@ -244,10 +244,10 @@ def test_a_bad_file_is_recorded_and_the_next_of_the_epoch_takes_its_place():
             passed_over = wrapped[: wrapped.index(good)]
             assert Path(sample.file).name == good
             assert sample.label == int(good)
-            # Each is told once: then it is known, and not tried again.
-            new = [name for name in passed_over if name not in told]
+            # Each is reported once; from then on it is known, and not tried again.
+            new = [name for name in passed_over if name not in reported]
             assert sample.failures == tuple(Failure(f"/v/{name}", "made up") for name in new)
-            told |= set(new)
+            reported |= set(new)
             if passed_over:
                 assert sample.keys == (key_of(SEED, epoch, int(good), 0, int(number)),)
             else:

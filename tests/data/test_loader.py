@@ -191,7 +191,7 @@ READERS = """
 
     @dataclass(frozen=True)
     class Hostile:
-        # A decoder that some files take down; they are known by their names.
+        # A decoder that crashes or hangs on some files, by their names.
 
         reader: Any
 
@@ -231,7 +231,7 @@ def hostile_reader(tmp_path_factory):
 
 @pytest.fixture
 def hostile_files(folder, tmp_path):
-    """Good ones, and among them three that look as good."""
+    """Good files, and among them three bad ones that look good."""
     good = read_manifest(folder).files
     bad = [str(tmp_path / f"{name}.mp4") for name in HOSTILE]
     for path in bad:
@@ -245,7 +245,7 @@ def test_training_goes_on_over_files_that_take_a_decoder_down(
 ):
     pool_clock.run_while_one_hangs(tmp_path)
     good, bad = hostile_files
-    spec = replace(SPEC, frame_size=frame_size)  # small samples share a job, large ones do not
+    spec = replace(SPEC, frame_size=frame_size)  # small samples share a job; large ones do not
 
     def stream_of(files):
         clips = clips_of(Manifest(files, (-1,) * len(files), (-1,) * len(files)), spec=spec)
@@ -259,7 +259,7 @@ def test_training_goes_on_over_files_that_take_a_decoder_down(
     reasons = {failure.path: failure.reason for b in batches for failure in b.failures}
     assert reasons == dict(zip(bad, HOSTILE.values(), strict=True))
     assert [len(batch.clips) for batch in batches] == [8] * 6
-    # The same as if the three had simply not decoded.
+    # The same as if the three had simply failed to decode.
     expected, stream = stream_of(files)
     stream.bad = {path: Failure(path, "bad") for path in bad}
     for batch, other in zip(
@@ -285,7 +285,7 @@ def test_a_test_reports_files_that_take_a_decoder_down(
     assert [file for batch in batches for file in batch.files] == list(good)
     found = [failure for batch in batches for failure in batch.failures]
     assert [failure.reason for failure in found] == list(HOSTILE.values())
-    again = list(validation_batches(clips, **options))  # known by now: no time is lost
+    again = list(validation_batches(clips, **options))  # they are known by now, so no time is lost
     assert [failure for batch in again for failure in batch.failures] == found
     strict = ValidationClips(manifest, SPEC, seed=0)
     strict.reader = hostile_reader(strict.reader)
@@ -363,7 +363,7 @@ RUN = """
     Path(sys.argv[2]).write_text(" ".join(str(child.pid) for child in active_children()))
     while not stop:
         next(batches)
-    for _ in range(20):  # what was begun is ended in order: the workers live
+    for _ in range(20):  # it can end in order, as the workers live on
         next(batches)
     del batches
     sys.stdout.write("stopped in order\\n")
@@ -372,7 +372,7 @@ RUN = """
 
 @pytest.fixture
 def start_reading(folder, start_program, tmp_path):
-    """Start a program that reads batches. -> it, and its two workers"""
+    """Start a program that reads batches. -> the program, and its two workers"""
     started = []
 
     def start(**variables):
@@ -405,9 +405,9 @@ def ignores(pid, number):
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
 def test_ctrl_c_reaches_the_parent_alone(start_reading):
-    program, workers = start_reading(OWN_SERVER="yes")  # workers of its process group
+    program, workers = start_reading(OWN_SERVER="yes")  # its workers are in its process group
     assert [os.getpgid(pid) for pid in workers] == [program.pid] * 2
-    while not all(ignores(pid, signal.SIGTERM) for pid in workers):  # set after that of SIGINT
+    while not all(ignores(pid, signal.SIGTERM) for pid in workers):  # they set SIGINT before it
         time.sleep(0.01)
     os.killpg(program.pid, signal.SIGINT)
     assert program.communicate()[0] == "stopped in order\n"
@@ -433,7 +433,7 @@ def test_bad_files_are_written_once_and_read_back(tmp_path):
     with pytest.raises(TooManyBadFiles, match=r"(?s)4 of 10 .* 0\.3 allows 3") as caught:
         resumed.note([failure(4)])
     assert failure(1).reason in str(caught.value)
-    assert len(path.read_text().splitlines()) == 5, "also the last one is on record"
+    assert len(path.read_text().splitlines()) == 5, "the last one is recorded too"
 
 
 @pytest.mark.parametrize(("share", "allowed"), [(0.01, 1), (0.0, 0)])

@@ -1,5 +1,5 @@
-"""Batches that go to a GPU from pinned memory, under ``-m gpu``. Without one this skips, or fails
-where HPM_REQUIRE_GPU=1."""
+"""Batches that go to a GPU from pinned memory, under ``-m gpu``. Without a GPU these tests are
+skipped, or fail if HPM_REQUIRE_GPU=1."""
 
 import os
 from ctypes import addressof, sizeof
@@ -43,29 +43,29 @@ def batches_of(folder, **options):
 
 @pytest.mark.parametrize("pins", [True, False])
 def test_batches_on_the_gpu_are_those_of_the_cpu(folder, monkeypatch, caplog, pins):
-    """Also while the GPU is busy, so that copies wait, and where pinning fails."""
+    """This includes copies that wait for a busy GPU, and memory that cannot be pinned."""
     made = []
 
     class Noted(Buffers):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             made.append(self.shared)
-            if not pins:  # what is pinned already cannot be pinned
+            if not pins:  # memory that is pinned already cannot be pinned again
                 place = addressof(self.shared), sizeof(self.shared)
                 torch.cuda.cudart().cudaHostRegister(*place, 0)
 
     monkeypatch.setattr(loader, "Buffers", Noted)
-    monkeypatch.setattr(loader, "JOB_BYTES", 1)  # a job for each sample: few buffers
+    monkeypatch.setattr(loader, "JOB_BYTES", 1)  # one job per sample: few buffers
     gpu, kept = torch.device("cuda"), []
     for batch in batches_of(folder, workers=3, gpu=gpu):
         torch.cuda._sleep(20_000_000)
         assert batch.clips.is_cuda
-        kept.append((batch.clips.float().mul(2), batch.keys + 0, batch.files))  # once it is awake
+        kept.append((batch.clips.float().mul(2), batch.keys + 0, batch.files))  # when it wakes up
     for (clips, keys, files), expected in zip(kept, batches_of(folder, workers=0), strict=True):
         assert torch.equal(clips.cpu(), expected.clips.float() * 2)
         assert torch.equal(keys.cpu(), expected.keys)
         assert files == expected.files
-    assert len(kept) > sizeof(made[0]) / (3 * 2 * 3 * 4 * 112 * 112), "buffers were used again"
+    assert len(kept) > sizeof(made[0]) / (3 * 2 * 3 * 4 * 112 * 112), "buffers were reused"
     assert len(caplog.messages) == (not pins)
     assert all("could not be pinned" in message for message in caplog.messages)
     torch.cuda.synchronize()

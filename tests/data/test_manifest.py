@@ -418,9 +418,9 @@ def test_names_that_no_manifest_can_hold_are_left_out_and_named(tmp_path, caplog
     manifest = read_manifest(tmp_path)
     assert [Path(file).name for file in manifest.files] == ["a.mp4", "e.mp4"]
     assert manifest.label_names == ("run", "walk")
-    (told,) = caplog.messages
-    assert "3 of 5 files" in told
-    assert "'od\\rd/d.mp4' holds a line break" in told
+    (message,) = caplog.messages
+    assert "3 of 5 files" in message
+    assert "'od\\rd/d.mp4' holds a line break" in message
     write_manifest(read_listing(tmp_path).table, tmp_path / "list.csv")
     assert read_manifest(tmp_path / "list.csv").files == manifest.files
 

@@ -1,4 +1,4 @@
-"""Several sources in one run: whose turn it is, and what each of them gives."""
+"""Several sources in one run: which one each update uses, and which samples they give."""
 
 import numpy as np
 import pytest
@@ -89,7 +89,7 @@ def test_there_are_no_places_beyond_the_run():
 
 
 class Noise:
-    """A file of 20 frames, of which none is like another."""
+    """A file of 20 frames that all differ."""
 
     num_frames = 20
     height, width = 12, 14
@@ -167,7 +167,8 @@ def test_samples_of_a_source_do_not_depend_on_the_others_or_on_weights(others, w
 
 
 def test_sources_draw_for_themselves():
-    """The same files in another order, other frames and crops; the main source as without mixes."""
+    """A second source with the same files has another order, other frames and other crops; the main
+    source is as without a mix."""
     main, second = stream(""), stream("images")
     epochs = range(10)
     assert [main[p].file for p in epochs] != [second[p].file for p in epochs]
@@ -204,7 +205,7 @@ def test_validation_clips_say_of_which_source_they_are():
     assert collate([validation_clips[0], validation_clips[3]]).source == "images"
 
 
-# --- A run of them ------------------------------------------------------------------------------
+# --- A mixed run ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("mixed", "updates"), [(1, 60), (0.5, 45), (3, 120)])

@@ -81,7 +81,7 @@ def test_views_begin_with_the_video_end_with_it_and_are_even(
     assert views.shape == (num_views, num_frames)
     assert views[0, 0] == 0
     spare = max(num_video_frames - num_frames * stride, 0)
-    assert views[-1, 0] == spare  # the clip's stretch of num_frames x stride ends with the video
+    assert views[-1, 0] == spare  # its span of num_frames x stride frames ends with the video
     ideal = [Fraction(view * spare, num_views - 1) for view in range(num_views)]
     assert all(0 <= at - start < 1 for at, start in zip(ideal, views[:, 0].tolist(), strict=True))
 
@@ -134,8 +134,8 @@ def test_each_segment_gives_one_frame(num_video_frames, frame_draws):
     assert indices.shape == (len(frame_draws),)
     assert 0 <= indices.min() <= indices.max() < num_video_frames
     assert (np.diff(indices) >= 0).all()
-    # A frame covers [i, i + 1): it meets segment x of the video, [x L / T, (x + 1) L / T]. A draw
-    # beside 1 may be rounded to the segment's end, where the next frame begins.
+    # Frame i covers [i, i + 1), and segment x of the video [x L / T, (x + 1) L / T]: they overlap.
+    # A draw close to 1 may be rounded to the segment's end, where the next frame begins.
     length = Fraction(num_video_frames, len(frame_draws))
     for segment, index in enumerate(indices.tolist()):
         assert index <= (segment + 1) * length

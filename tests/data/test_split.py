@@ -11,7 +11,7 @@ from hpm_video.data.split import choose_validation, groups_by_name, joined_group
 
 @given(st.integers(2, 5), st.lists(st.integers(0, 2**31), min_size=10, max_size=60), st.integers(0))
 def test_a_group_is_on_one_side_whatever_they_are(classes, draws, seed):
-    """And every class keeps files to train on."""
+    """Every class also keeps files to train on."""
     groups = [draw % 19 for draw in draws]
     labels = [str(draw // 19 % classes) for draw in draws]
     with suppress(ManifestError):
@@ -53,7 +53,7 @@ def test_files_of_equal_content_join_their_groups():
 
 
 @pytest.mark.parametrize(("labels", "groups"), [("ab", [1, 2]), ("aaab", [1, 1, 1, 1])])
-def test_what_cannot_be_split_is_said(labels, groups):
+def test_what_cannot_be_split_is_refused(labels, groups):
     with pytest.raises(ManifestError, match="no group of files is small enough for a share of 0.5"):
         choose_validation(list(labels), groups, 0.5, seed=0)
 
@@ -80,9 +80,9 @@ def test_the_program_writes_two_lists_that_are_read(call_tool, tmp_path):
     (tmp_path / "sections.csv").write_text(sections)
     for group in ("camera", "none"):
         there = tmp_path / group
-        given = ("--group", group, "--share", "0.3", "--output", there)
-        code, output = call_tool("split", tmp_path / "sections.csv", *given)
-        if group == "camera":  # every file is of both cameras
+        options = ("--group", group, "--share", "0.3", "--output", there)
+        code, output = call_tool("split", tmp_path / "sections.csv", *options)
+        if group == "camera":  # both cameras have every file
             assert code == 2
             assert "no group of files is small enough" in output
     sides = [read_listing(there / f"{name}.csv") for name in ("train", "validation")]

@@ -1,4 +1,4 @@
-"""Clips by time: ``data.fps``, sections of files, and long videos that count by their length."""
+"""Clips by time: ``data.fps``, sections of files, and samples in proportion to a video's length."""
 
 from dataclasses import replace
 from functools import partial
@@ -27,7 +27,7 @@ STRIDE = DataConfig(num_frames=4, frame_stride=2, frame_size=(64, 96))
 TIMED = replace(STRIDE, frame_stride=None, fps=12.5)
 RNG = np.random.default_rng(3)
 UNEVEN = np.cumsum(RNG.integers(10, 120, 60)).tolist()
-"""Milliseconds of the frames of a video without a steady rate."""
+"""The times of the frames of a video without a steady rate, in milliseconds."""
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_frames_of_a_variable_rate_are_those_nearest_in_time(files, name):
     for key in range(40):
         draw, again = generator("clip", key), generator("clip", key)
         clip = found.draw(data, draw)
-        # The clip begins anywhere, and the next frames follow an eighth of a second each later.
+        # The clip begins anywhere, and each further frame is an eighth of a second later.
         begin = times[-1] / 59 * int(again.random() * (int(60 - 4 * found.stride) + 1))
         wanted = begin + np.arange(4) / 8
         distances = np.abs(times[:, None] - wanted)
@@ -295,7 +295,7 @@ def test_the_packets_of_a_file_are_gone_through_once(monkeypatch, tmp_path, writ
     timed, whole = training(manifest, data), Views(every=1)
     assert torch.equal(timed[0].clips, training(manifest, data)[0].clips)
     expected = footage(paths[2], STRIDE).views(STRIDE, whole)
-    assert len(pyav._INDICES) == 2, "the last ones"
+    assert len(pyav._INDICES) == 2, "only the last ones are kept"
     write_painted(paths[2], frames=40)
     assert len(footage(paths[2], STRIDE).views(STRIDE, whole)) == len(expected) - 20, (
         "it has changed"

@@ -180,7 +180,7 @@ def test_a_multi_scale_crop_is_its_box_mirrored_in_about_half_of_the_clips_if_wa
     assert 75 < flips < 125
 
 
-# --- Held-out crops -----------------------------------------------------------------------------
+# --- Validation crops ----------------------------------------------------------------------------
 
 
 def noise(height, width, frames=2):
@@ -220,8 +220,8 @@ def test_a_validation_crop_by_the_short_side_is_torchvisions(
     assert crop.dtype == torch.uint8
     resize = Resize(short_side, InterpolationMode(interpolation), antialias=True)
     for frame, ours in zip(frames, crop.permute(1, 2, 3, 0).numpy(), strict=True):
-        # Of an image: of a tensor, torchvision resizes in float32 and cuts off beyond 0..255 only
-        # at the end; Pillow, and we, after each axis.
+        # Compared on an image: for tensors torchvision resizes in float32 and clips to 0..255 only
+        # at the end, whereas Pillow and this package clip after each axis.
         image = CenterCrop(frame_size)(resize(Image.fromarray(frame)))
         assert np.abs(np.asarray(image).astype(int) - ours).max() <= 1
     if interpolation == "bilinear":
@@ -248,7 +248,7 @@ def test_crops_by_the_short_side_are_spread_from_end_to_end(size, axis):
     for crop, start in zip(crops, (0, 9, 18, 27), strict=True):
         assert torch.equal(crop, whole.narrow(axis, start, 24))
     inside = crops_of(frames, (20, 20), 3, 24, "bilinear")
-    middle = whole.narrow(-2 if axis == -1 else -1, 2, 20)  # of the shorter side
+    middle = whole.narrow(-2 if axis == -1 else -1, 2, 20)  # along the shorter side
     assert torch.equal(inside[0], middle.narrow(axis, 0, 20))
     assert torch.equal(inside[2], middle.narrow(axis, 31, 20))
 
@@ -273,12 +273,12 @@ def test_bicubic_pixels_stay_in_their_range():
     frames[:, :, 10:] = 255
     clip = resize(cut(frames, Box(0, 0, 20, 20)), (41, 41), "bicubic")
     dark, light = clip[..., :18], clip[..., -18:]
-    assert dark.max() < 30, "nothing below 0 comes out on top"
+    assert dark.max() < 30, "values below 0 do not wrap around"
     assert light.min() > 225
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_a_multi_scale_crop_is_resized_as_told(interpolation):
+def test_a_multi_scale_crop_is_resized_with_the_given_interpolation(interpolation):
     frames = noise(40, 60)
     box = multi_scale_box(40, 60, (16, 24), generator("clip", 1))
     clip = MultiScaleCrop(flip=False, interpolation=interpolation)(

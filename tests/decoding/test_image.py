@@ -1,4 +1,4 @@
-"""Images as videos of one frame. The files are made here, by Pillow or byte by byte."""
+"""Images as videos of one frame. The tests make all files, with Pillow or byte by byte."""
 
 import io
 import struct
@@ -27,7 +27,7 @@ def colours(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
 
 
 def read(path: Path) -> np.ndarray:
-    """The picture: (H, W, 3)"""
+    """Read an image: (H, W, 3)"""
     with open_video(str(path)) as video:
         assert video.num_frames == 1
         frames = video.read([0])
@@ -44,7 +44,7 @@ def saved(path: Path, picture: Image.Image | np.ndarray, **options) -> Path:
 
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG of 8-bit grey with these chunks behind its header."""
+    """A PNG of 8-bit grey with these chunks after its header."""
     header = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     parts = [
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -82,8 +82,8 @@ def test_a_lossless_image_comes_back(tmp_path, name, options):
     path = saved(tmp_path / name, colours(), **options)
     with open_video(str(path), "decord") as video:
         frames = video.read([0, 0])
-        assert np.array_equal(video.read([0]), frames[:1])  # a second time too
-        assert frames.flags.writeable  # as torch wants it
+        assert np.array_equal(video.read([0]), frames[:1])  # also the second time
+        assert frames.flags.writeable  # as torch requires
         with pytest.raises(IndexError, match=r"must lie in 0\.\.0"):
             video.read([1])
     assert np.array_equal(frames, np.stack([colours()] * 2))
@@ -138,16 +138,16 @@ def test_a_progressive_frame_that_lacks_steps_is_what_pillow_makes_of_it(tmp_pat
 
 @pytest.mark.parametrize("format_", ["JPEG", "TIFF"])
 def test_cmyk(tmp_path, format_):
-    """Cyan 255 - red, and so on, with no black: a red corner stays red."""
+    """Cyan is 255 - red and so on, without black: a red corner stays red."""
     picture = Image.new("RGB", (16, 16), (200, 40, 60)).convert("CMYK")
     path = saved(tmp_path / "a.jpg", picture, format=format_)
     assert np.abs(read(path).astype(int) - (200, 40, 60)).max() <= 2
 
 
 def test_ycck(tmp_path):
-    """As Photoshop writes CMYK: the colours turned into YCbCr, which the Adobe marker says."""
+    """Photoshop writes CMYK converted to YCbCr, as the Adobe marker says."""
     stored = Image.new("RGB", (16, 16), (200, 40, 60)).convert("YCbCr").getpixel((0, 0))
-    # Pillow inverts what it writes as CMYK; the fourth value is no black.
+    # Pillow inverts CMYK values when it writes them; the fourth value means no black.
     planes = Image.new("CMYK", (16, 16), (*(255 - value for value in stored), 0))
     buffer = io.BytesIO()
     planes.save(buffer, "JPEG", quality=100)
@@ -156,7 +156,7 @@ def test_ycck(tmp_path):
     assert data[transform] == 0
     data[transform] = 2
     (tmp_path / "a.jpg").write_bytes(data)
-    # libjpeg makes C = 255 - R of them; Adobe stores 255 - ink: the ink is R, the light 255 - R.
+    # libjpeg computes C = 255 - R. Adobe stores 255 - ink: so the ink is R, and the light 255 - R.
     expected = 255 - np.array([200, 40, 60])
     assert np.abs(read(tmp_path / "a.jpg").astype(int) - expected).max() <= 3
 
@@ -229,7 +229,7 @@ def test_exif_orientation(tmp_path, name, orientation):
     picture = read(path)
     with Image.open(path) as image:
         if name == "a.tif":
-            image.load()  # turns it upright
+            image.load()  # this turns it upright
         expected = ImageOps.exif_transpose(image)
         expected = colours_of(expected)
     assert np.array_equal(picture, expected)
@@ -248,9 +248,9 @@ def colours_of(image: Image.Image) -> np.ndarray:
 @pytest.mark.parametrize(
     "block",
     [
-        b"Exif\0\0II*\0\x08\0\0\0\xff\xff",  # says 65535 entries
+        b"Exif\0\0II*\0\x08\0\0\0\xff\xff",  # claims 65535 entries
         b"Exif\0\0nothing of the kind",
-        # A good orientation, and behind it an entry whose values lie outside.
+        # A good orientation, followed by an entry whose values lie outside the block.
         b"Exif\0\0II*\0\x08\0\0\0\x02\0"
         + struct.pack("<HHIHH", ORIENTATION, 3, 1, 6, 0)
         + struct.pack("<HHII", 0x8769, 2, 900, 4000)
@@ -258,7 +258,7 @@ def colours_of(image: Image.Image) -> np.ndarray:
     ],
 )
 def test_damaged_metadata_do_no_harm(tmp_path, block):
-    """Several images of ImageNet have such."""
+    """Several images of ImageNet have such metadata."""
     path = saved(tmp_path / "a.jpg", colours(), quality=95, exif=block)
     picture = read(path)
     if picture.shape[0] == WIDTH:
@@ -342,7 +342,7 @@ def test_pixels_are_not_copied(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("format_", ["JPEG", "PNG"])
 def test_a_file_whose_end_is_zeros(tmp_path, format_):
-    """As a download leaves it that reserved its place on the disk."""
+    """A broken download leaves such a file if it had reserved the space on the disk."""
     data = whole(format_)
     (tmp_path / "a.png").write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
     with pytest.raises(DecodeError, match="cannot decode"):

@@ -1,4 +1,4 @@
-"""Members of tar files, folders of frames, and what their places look like."""
+"""Members of tar files, folders of frames, and how their locations are written."""
 
 import io
 import os
@@ -62,7 +62,7 @@ def test_the_name_tells_an_image(place, name, image):
 
 
 def packed(path, files, *, kind=tarfile.PAX_FORMAT):
-    """A tar of these files -> the place of each"""
+    """Pack files into a tar. -> the location of each"""
     with tarfile.open(path, "w", format=kind) as tar:
         for name, data in files.items():
             info = tarfile.TarInfo(name)
@@ -162,7 +162,7 @@ def test_natural_order():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Eleven frames, each of one colour, and files that are none."""
+    """Eleven frames, each of one colour, and files that are not frames."""
     place = tmp_path / "a video.mp4"
     place.mkdir()
     for number in range(11):

@@ -1,4 +1,4 @@
-"""Files as they are found: cut streams, times that lie, several tracks, palettes, mirrors.
+"""Odd files as found in the wild: cut streams, wrong times, several tracks, palettes, mirroring.
 
 Each frame shows its number in black and white, so that it can be read back.
 """
@@ -76,7 +76,7 @@ def write(
 
 
 def copy(source: Path, target: Path, change=lambda packet: packet, skip: int = 0) -> Path:
-    """As ``ffmpeg -c copy`` does, with each packet changed, and without the first ones."""
+    """Copy as ``ffmpeg -c copy`` does, but change each packet and skip the first ones."""
     with av.open(str(source)) as given, av.open(str(target), "w") as output:
         track = given.streams.video[0]
         copied = output.add_stream_from_template(track)
@@ -89,7 +89,7 @@ def copy(source: Path, target: Path, change=lambda packet: packet, skip: int = 0
 
 
 def read_all(path: Path, decoder: str = "pyav") -> np.ndarray:
-    """All frames, and the same ones where they are asked for here and there."""
+    """Read all frames in order, and check that random access gives the same ones."""
     with open_video(str(path), decoder) as video:
         frames = video.read(range(video.num_frames))
     draw = random.Random(0)
@@ -129,7 +129,7 @@ def write_lying_later(folder: Path) -> Path:
 
 
 def test_times_that_begin_to_lie_later_are_an_error(tmp_path):
-    """As of two files that were joined: nothing is read in a wrong order."""
+    """Two joined files have such times. No frame may be read in the wrong order."""
     path = write_lying_later(tmp_path)
     with open_video(str(path), "pyav") as video, pytest.raises(DecodeError) as error:
         video.read(range(video.num_frames))
@@ -159,7 +159,7 @@ def test_an_elementary_stream_is_read_from_its_first_frame_on(tmp_path):
 @pytest.mark.parametrize(
     ("codec", "pixel_format", "suffix"),
     [
-        ("qtrle", "gray", "mov"),  # a palette, which comes with the first packet alone
+        ("qtrle", "gray", "mov"),  # a palette, which only the first packet holds
         ("qtrle", "rgb24", "mov"),
         ("cinepak", "rgb24", "mov"),
         ("rawvideo", "rgb24", "mov"),
@@ -179,12 +179,12 @@ def test_unusual_pixels_are_read_as_the_library_reads_them(tmp_path, codec, pixe
 
 
 UNCHANGED = {5, 6, 7, 20, COUNT - 1}
-"""Frames that are shown as those before them, by packets of which no frame comes."""
+"""Frames that repeat the one before: their packets give no frame."""
 SHOWN = [max(n for n in range(number + 1) if n not in UNCHANGED) for number in range(COUNT)]
 
 
 def write_unchanged(path: Path) -> Path:
-    """As of a screen: MPEG-4 with packets that say "not coded"."""
+    """Write MPEG-4 with packets that say "not coded", as a recording of a screen has."""
     with av.open(str(path.with_name("coded.mkv")), "w") as output:
         for packet in add_track(output, "mpeg4", numbers=SHOWN):
             output.mux(packet)
@@ -222,7 +222,7 @@ def test_packets_without_a_frame_are_no_damage_where_frames_are_counted(tmp_path
 
 @pytest.mark.parametrize("decoder", available_decoders())
 def test_the_best_of_several_streams_is_read_by_all(tmp_path, decoder):
-    """A cover is none, and a track that is marked as the default is better than the first."""
+    """A cover picture does not count, and a default track is better than the first one."""
     path = tmp_path / "two.mkv"
     with av.open(str(path), "w") as output:
         tracks = [
@@ -258,7 +258,7 @@ def test_a_cover_picture_is_no_video(tmp_path):
         open_video(str(path), "pyav")
 
 
-MATRICES = {  # (a, b, c, d): a column (x, y) goes to (a x + c y, b x + d y)
+MATRICES = {  # (a, b, c, d): the column (x, y) becomes (a x + c y, b x + d y)
     (1, 0, 0, 1): lambda frame: frame,
     (-1, 0, 0, 1): lambda frame: frame[:, ::-1],
     (1, 0, 0, -1): lambda frame: frame[::-1],
@@ -315,11 +315,11 @@ def test_a_container_that_is_not_read_is_refused_with_what_helps(tmp_path, suffi
             open_video(str(path), decoder)
 
 
-# What tools/check_videos.py says of them, and what tools/transcode.py makes
+# What tools/check_videos.py says about such files, and what tools/transcode.py makes of them
 
 
 def found_by_check(path: Path):
-    """What the check finds, as training would read the file then."""
+    """The check's findings, with which training would read the file."""
     (*_, finding) = paced(examine(str(path), "pyav"))
     return finding
 
@@ -394,7 +394,7 @@ def damage(path: Path, number: int, count: int = 1) -> Path:
 
 
 def last_of(path: Path, target: Path):
-    """What transcoding gives, and the frames of its output."""
+    """Transcode. -> the result, and the frames of the output"""
     job = Job(str(path), f"{target.parent}/beside{target.suffix}", str(target))
     (*_, output) = Transcoder(RECIPE)(job)
     assert isinstance(output, Output), output
@@ -434,7 +434,7 @@ def test_what_comes_behind_a_gap_in_a_transport_stream_is_not_taken_for_sound(tm
 
 
 def test_an_avi_of_few_frames_keeps_their_rate(tmp_path):
-    """The others are packets without data: 2.27 and not 15 frames per second."""
+    """All other packets hold no data; without them the rate would be 2.27 and not 15."""
     path = tmp_path / "few.avi"
     with av.open(str(path), "w") as container:
         track = container.add_stream("mpeg4", rate=15)
@@ -488,13 +488,13 @@ def test_the_command_that_a_check_prints_mends_the_files(tmp_path, run_tool):
     (folder / "sizes.ts").write_bytes((folder / "one.ts").read_bytes() + two.read_bytes())
     (folder / "one.ts").unlink()
     two.unlink()
-    code, told = run_tool("check_videos", folder)
-    assert code == 3, told
-    (command,) = re.findall("python tools/transcode.py (.*)", told)
+    code, printed = run_tool("check_videos", folder)
+    assert code == 3, printed
+    (command,) = re.findall("python tools/transcode.py (.*)", printed)
     arguments = [f"{tmp_path}/out" if it == "OUT" else it for it in shlex.split(command)]
-    code, told = run_tool("transcode", *arguments, "--short-side", HEIGHT)
-    assert code == 0, told
-    assert "frames are lost" in told
+    code, printed = run_tool("transcode", *arguments, "--short-side", HEIGHT)
+    assert code == 0, printed
+    assert "frames are lost" in printed
     counts = {
         Path(file).stem: len(read_all(Path(file)))
         for file in read_manifest(tmp_path / "out" / "manifest.csv").files
@@ -502,11 +502,11 @@ def test_the_command_that_a_check_prints_mends_the_files(tmp_path, run_tool):
     assert (counts["sizes"], counts["lying"]) == (16, COUNT)
     assert 26 >= counts["middle"] > 16
     assert COUNT > counts["end"] > 26
-    # From the checked list too, without what is bad.
-    code, told = run_tool(
+    # Also from the checked list, which leaves out the bad files.
+    code, printed = run_tool(
         "transcode", f"{folder}.checked.csv", tmp_path / "again", "--short-side", HEIGHT
     )
-    assert code == 0, told
+    assert code == 0, printed
     again = {
         Path(file).stem: len(read_all(Path(file)))
         for file in read_manifest(tmp_path / "again" / "manifest.csv").files
@@ -561,7 +561,7 @@ def test_a_file_of_another_spelling_is_pointed_out(tmp_path, name, asked):
 def test_frames_behind_a_damaged_beginning_are_read(tmp_path):
     path = tmp_path / "video.mp4"
     noise = np.random.default_rng(0).integers(0, 255, (36, 32, 32, 3), dtype=np.uint8)
-    write_video(path, noise, gop=12)  # without B-frames, which leaves doubts about the order
+    write_video(path, noise, gop=12)  # without B-frames, so the order is in doubt
     expected = read_all(path)
     with av.open(str(path)) as container:
         packets = [(each.pos, each.size) for each in container.demux(video=0) if each.size]

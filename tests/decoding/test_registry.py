@@ -49,7 +49,7 @@ VIDEOS = {
 }
 
 
-SKIPPING = {  # name -> how it is written, whether frames of it are left out
+SKIPPING = {  # name -> options for writing it, and whether some of its frames can be skipped
     "pyramid.mp4": ({"max_b_frames": 5, "options": {"x264-params": "b-pyramid=normal"}}, True),
     "open.mp4": ({"max_b_frames": 3, "options": OPEN_GROUPS}, True),
     "interlaced.mp4": ({"options": {"x264-params": "tff=1"}}, True),
@@ -75,16 +75,16 @@ SKIPPING = {  # name -> how it is written, whether frames of it are left out
 def skipping(tmp_path_factory, write_painted):
     folder = tmp_path_factory.mktemp("skipping")
     found = {}
-    for name, (how, skips) in SKIPPING.items():
-        how = {"size": (128, 128), "gop_size": 20} | how
-        found[name] = (write_painted(folder / name, **how), skips)
+    for name, (options, skips) in SKIPPING.items():
+        options = {"size": (128, 128), "gop_size": 20} | options
+        found[name] = (write_painted(folder / name, **options), skips)
     return found
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory, write_painted):
     folder = tmp_path_factory.mktemp("videos")
-    return {name: write_painted(folder / name, **how) for name, how in VIDEOS.items()}
+    return {name: write_painted(folder / name, **options) for name, options in VIDEOS.items()}
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -110,7 +110,7 @@ def test_each_frame_asked_for_is_the_frame_that_comes(videos, numbers_of, name, 
 @pytest.mark.parametrize("decoder", DECODERS[1:])
 @pytest.mark.parametrize("name", VIDEOS)
 def test_decoders_agree_on_every_pixel(videos, name, decoder):
-    """Colours that are stored at half size are enlarged otherwise in frames of odd size."""
+    """In frames of odd size the decoders enlarge half-resolution colours differently."""
     if decoder == "torchcodec" and name.endswith(".avi"):
         pytest.skip("torchcodec is kept away from it")
     with (
@@ -120,14 +120,14 @@ def test_decoders_agree_on_every_pixel(videos, name, decoder):
         indices = range(0, video.num_frames, 3)
         difference = np.abs(video.read(indices).astype(int) - other.read(indices))
     if name == "odd_halved.avi":
-        assert difference[:, 18:].max() <= 24  # below the squares, whose edges are sharp
+        assert difference[:, 18:].max() <= 24  # below the squares with their sharp edges
         assert difference.mean() < 2
     else:
         assert difference.max() == 0
 
 
 def test_mpeg_transport_streams(tmp_path, write_painted, numbers_of):
-    """decord loses their first frames, and says nothing; torchcodec stops in the middle."""
+    """decord silently loses their first frames; torchcodec stops in the middle."""
     path = str(write_painted(tmp_path / "stream.ts"))
     with open_video(path, "pyav") as video:
         assert numbers_of(video.read([30, 2, 13])) == [30, 2, 13]
@@ -146,7 +146,7 @@ def test_videos_are_turned_upright(tmp_path, write_painted, matrix, quarter_turn
     with open_video(str(path), decoder) as video:
         lying = video.read([0, 1])
     data = bytearray(path.read_bytes())
-    place = data.index(b"tkhd") + 44  # of the matrix behind the times, the track and its layer
+    place = data.index(b"tkhd") + 44  # the matrix, after the times, the track and its layer
     a, b, c, d = (value << 16 for value in matrix)
     data[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
@@ -209,7 +209,7 @@ def test_frames_that_are_not_there(videos, indices, decoder):
 
 @pytest.fixture
 def counted(videos, monkeypatch):
-    """An open video of 40 frames, of which each 12th is a key frame, and the times decoded."""
+    """An open video of 40 frames with a key frame every 12, and the times of decoded frames."""
     with open_video(str(videos["b_frames.mp4"]), "pyav") as video:
         decoded = []
         by_time = video._by_time
@@ -220,7 +220,7 @@ def counted(videos, monkeypatch):
                 yield time, frame
 
         monkeypatch.setattr(video, "_by_time", noted)
-        video.read([39])  # its size is known then
+        video.read([39])  # now its size is known
         decoded.clear()
         yield video, decoded
 
@@ -252,7 +252,7 @@ def test_pyav_goes_on_where_it_stopped(counted, numbers_of):
 
 @pytest.mark.parametrize("name", SKIPPING)
 def test_frames_that_no_other_refers_to_are_not_decoded(skipping, name):
-    """And the others are the same to the last bit."""
+    """The other frames are the same to the last bit."""
     path, skips = skipping[name]
     draw = np.random.default_rng(2)
     with open_video(str(path), "pyav") as video:
@@ -357,7 +357,10 @@ def test_decoders_are_imported_when_they_are_used():
 
 
 def read_twice(path):
-    """What the index of a file leads to, if it is used, and what its packets do."""
+    """Check that the index of a file and its packets say the same.
+
+    -> number of frames, and whether the index was used
+    """
     found = []
     for reads in (pyav.read_listing, lambda source: None):
         with pytest.MonkeyPatch.context() as patch:
@@ -375,7 +378,7 @@ def read_twice(path):
 
 @pytest.mark.parametrize("name", VIDEOS)
 def test_the_index_of_a_file_says_what_its_packets_do(videos, name):
-    """Not where frames are in order: the decoder might still hold some of them back."""
+    """Frames in order are an exception: the decoder might still hold some of them back."""
     usable = {"b_frames", "variable_rate", "late_start", "long_group", "short_groups"}
     usable |= {"open_groups", "odd_size"}
     assert read_twice(videos[name])[1] is (
@@ -398,9 +401,9 @@ def test_an_index_is_used_if_all_packets_are_there(tmp_path):
 def test_an_index_of_edits_is_not_used(tmp_path, write_painted):
     path = write_painted(tmp_path / "a.mp4")
     data = bytearray(path.read_bytes())
-    place = data.index(b"elst") + 12  # behind version and count, duration; then the first time
+    place = data.index(b"elst") + 12  # the first time, after version, count and duration
     began = int.from_bytes(data[place + 4 : place + 8], "big")
-    data[place + 4 : place + 8] = (began + 6400).to_bytes(4, "big")  # some frames are left out
+    data[place + 4 : place + 8] = (began + 6400).to_bytes(4, "big")  # this skips some frames
     path.write_bytes(data)
     count, is_used = read_twice(path)
     assert count < 40
@@ -418,7 +421,7 @@ def test_entries_of_an_index_beyond_their_stated_number_are_not_believed(tmp_pat
 
 
 def test_key_frames_that_only_packets_know_are_not_sought(tmp_path, videos):
-    """The list of key frames lacks the first ones: FFmpeg refuses to seek, and it is not needed."""
+    """The list of key frames lacks the first ones, so FFmpeg would refuse to seek there."""
     data = bytearray(videos["short_groups.mp4"].read_bytes())
     place = data.index(b"stss") + 8
     count = int.from_bytes(data[place : place + 4], "big")

@@ -1,4 +1,4 @@
-"""Streams whose packets are made up: which frames count as sound, as repeated and as lost."""
+"""Streams of made-up packets: which frames count as sound, as repeated and as lost."""
 
 from fractions import Fraction
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from hpm_video.preparation.check import _sound_frames
 
 
 def packet(time, *frames, error=None, is_corrupt=False, is_key=False, dts=None, size=9):
-    """A packet after which the decoder gives frames of these times; negative ones are damaged."""
+    """A packet that decodes to frames with these times; negative ones are damaged."""
 
     def decode():
         if error:
@@ -147,12 +147,12 @@ def test_the_rate_is_that_of_the_times(stream_of):
     assert stream_of(packet(0), rate=None).rate is None
 
 
-def test_a_header_that_promises_more_is_told(stream_of):
+def test_a_header_that_promises_more_is_reported(stream_of):
     packets = [packet(4 * number) for number in range(26)]
     assert not stream_of(*packets, header=(26, 104)).cut_off()
     assert not stream_of(*packets, header=(30, 104)).cut_off(), "an edit list"
-    told = "its header promises 50 frames in 2 s, and it holds 26 frames in 1 s"
-    assert stream_of(*packets, header=(50, 200)).cut_off() == told
+    message = "its header promises 50 frames in 2 s, and it holds 26 frames in 1 s"
+    assert stream_of(*packets, header=(50, 200)).cut_off() == message
     assert not stream_of(*packets, header=(0, 200)).cut_off()
-    told = "its header promises 9 s, and it holds 26 frames in 1 s"
-    assert stream_of(*packets, header=(0, 900)).cut_off() == told
+    message = "its header promises 9 s, and it holds 26 frames in 1 s"
+    assert stream_of(*packets, header=(0, 900)).cut_off() == message

@@ -13,7 +13,7 @@ HOSTILE = "a\x1b[2J\x9b1m\r\u202eb\udcff"
 ESCAPED = "a\\x1b[2J\\x9b1m\\r\\u202eb\\udcff"
 
 
-def test_what_controls_a_terminal_is_escaped_and_other_text_is_as_it_was():
+def test_what_controls_a_terminal_is_escaped_and_other_text_stays():
     assert printable(HOSTILE) == ESCAPED
     text = "tabs\tand\nlines, Žluťoučký kůň, 走る, نمی\u200cخواهم, 👩\u200d🚀"
     assert printable(text) == text
@@ -39,7 +39,7 @@ def test_output_logs_and_errors_escape(capsys, monkeypatch):
 
 def test_streams_that_were_closed_before_the_start_take_everything(monkeypatch):
     for name in ("stdout", "stderr"):
-        monkeypatch.setattr(sys, name, None)  # as python has it after >&-
+        monkeypatch.setattr(sys, name, None)  # as Python sets them after >&-
     monkeypatch.setattr(logging.getLogger("hpm_video"), "propagate", False)
 
     def command():

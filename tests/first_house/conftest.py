@@ -1,6 +1,7 @@
-"""What the first house left: tiny data, stopped runs and the numbers that it computed from them.
+"""Tiny data, stopped runs, and what the first version of this project ("house") computed from them.
 
-A script made it all at commit c18a27b; it is tests/first_house/make_fixtures.py of commit be0a370.
+The script make_fixtures.py, which is in this folder at commit be0a370, made all of it from the code
+of commit c18a27b.
 """
 
 import shutil
@@ -34,16 +35,16 @@ BEGINNINGS = {
     "attn_pool.": "pooling.",
     "head.": "head.",
 }
-"""Of a name of today: what the first house's began with. The first that fits counts."""
+"""How names of today begin, and how those of the first house began. The first match counts."""
 VECTORS = ("cls_token", "mask_token", "attn_pool.latent")
-"""Today they are (1, 1, D)."""
+"""Their shape is (1, 1, D) today, and was (D,)."""
 
 
 def first_names(tensors: dict[str, Tensor], *, key_biases: bool) -> dict[str, Tensor]:
     """Weights, gradients or moments of today's models by the first house's names and shapes.
 
-    It is also given expanded scalars and tensors without data. ``key_biases``: whether blocks had
-    some there, as with MAE's conventions; VideoMAE's had none.
+    Expanded scalars and tensors without data work too. ``key_biases``: whether blocks had them, as
+    in MAE's conventions; with VideoMAE's they had none.
     """
     found = {}
     for name, value in tensors.items():
@@ -68,13 +69,13 @@ def _first_names():
 
 @pytest.fixture(scope="session")
 def fixtures() -> Path:
-    """To read only."""
+    """Read only."""
     return FIXTURES
 
 
 @pytest.fixture
 def first_house(tmp_path, monkeypatch) -> Path:
-    """The working directory: a copy to go on in. All paths in its configs are relative."""
+    """A copy of the fixtures as the working directory: paths in their configs are relative."""
     shutil.copytree(FIXTURES, tmp_path / "first house", symlinks=True)
     monkeypatch.chdir(tmp_path / "first house")
     threads = torch.get_num_threads()

@@ -1,8 +1,8 @@
-"""Keys of randomness are data: every draw is that of the first house, to the bit.
+"""Keys of randomness are data: every draw equals that of the first house, to the bit.
 
-A purpose is never given here but by the code that draws for it, so that a renamed one is found.
-What a run draws for its clips (``order``, ``clip``, ``mask``, ``drop path``, ``head dropout``,
-``mixing``) is held by test_runs.py as well.
+These tests never name the purpose of a draw: it comes from the code that draws, so that a renamed
+one is noticed. test_runs.py also covers what a run draws for its clips (``order``, ``clip``,
+``mask``, ``drop path``, ``head dropout``, ``mixing``).
 """
 
 import json
@@ -60,7 +60,7 @@ SIZES = {"long": (90, 160), "high": (64, 40)}
 
 
 def generators():
-    """The functions that every draw is made of."""
+    """The basic functions behind every draw."""
     with global_generators(-7):
         global_draws = [random.random(), np.random.rand(), torch.rand(()).item()]  # noqa: NPY002
     return {
@@ -79,7 +79,7 @@ def generators():
 
 
 def orders():
-    """Files and keys of a stream, of the main source and of another."""
+    """Files and keys of two streams: of the main source and of another."""
     manifest = Manifest(tuple("abcdefg"), (0,) * 7, (-1,) * 7)
     data = DataConfig(
         num_frames=4,
@@ -108,7 +108,7 @@ def orders():
 
 
 def clips():
-    """Frames and crops: what a clip's generator is asked for, in its order."""
+    """Frames and crops: the requests to a clip's generator, in order."""
     found = {}
     augmentation = Augmentation(
         area=(0.2, 1.0),
@@ -143,7 +143,7 @@ def clips():
 
 
 def decoded():
-    """A clip of images, which any decoder reads alike: frames, crop and keys together."""
+    """Frames, crop and keys of a clip of images, which every decoder reads alike."""
     config = load_config(PretrainConfig, Path("runs/images/config.yaml"), [])
     manifest = read_manifest(Path("images"))
     data = DataConfig(
@@ -160,7 +160,7 @@ def decoded():
 
 
 def masks():
-    """Hidden tokens, some of which are the hardest or the easiest."""
+    """Hidden tokens, of which some are the hardest or the easiest."""
     found = {}
     for unit, grid in {"token": TokenGrid(2, 3, 4), "tube": TokenGrid(3, 4, 4)}.items():
         difficulty = torch.arange(grid.num_tokens).mul(7).remainder(11).float().expand(2, -1)
@@ -175,7 +175,7 @@ def masks():
 
 
 def of_models():
-    """What models and objectives draw by names of their own."""
+    """Draws of models and objectives, under names of their own."""
     blocks = Transformer(TransformerSize(8, 2, 2), drop_path=0.5)
     config = load_config(
         FinetuneConfig,
@@ -191,7 +191,7 @@ def of_models():
     return {
         "drop path": blocks.draws(KEYS).tolist(),
         "head dropout": seen[0].nonzero().tolist(),
-        # By size, whatever the layout. Drawn first. Vector instructions decide the last bits.
+        # Sorted by size, so that the layout does not matter; the last bits depend on the processor.
         "weights": [round(each, 5) for each in spread.tolist()],
         "folds": split_in_folds(torch.arange(12) % 3, 4, seed=1).tolist(),
         "mixing": mixing(),
@@ -199,7 +199,7 @@ def of_models():
 
 
 def mixing():
-    """How much of each label is left after mixup or CutMix, by the update and the files' names."""
+    """The share of each label after mixup or CutMix, by update and names of files."""
     objective = Classification(
         mean=(0.5,) * 3,
         std=(0.5,) * 3,
@@ -224,7 +224,7 @@ def mixing():
 
 
 def looks():
-    """Masks of a trained model: of validation measures and of pictures. -> numbers, and masks"""
+    """Masks for validation measures and for pictures of a trained model. -> measures, and masks"""
     _, student, objective = load_run(Path("runs/video/checkpoints/last"), torch.device("cpu"))
     stored = load_file("numbers/video.safetensors")["clips"][:4]
     batch = ClipBatch(stored, KEYS, torch.zeros(4).long(), ("x.mp4",) * 4, ())
@@ -241,7 +241,7 @@ def looks():
 
 
 def names():
-    """What identifies data: fingerprints, and names of sources and quantities."""
+    """Identifiers of data: fingerprints, and names of sources and quantities."""
     Path("list.csv").write_text(LINES)
     Path("mixed.yaml").write_text(MIXED)
     manifest = read_manifest(Path("list.csv"))
@@ -263,7 +263,7 @@ def names():
 
 
 def dealt():
-    """Which source and which of its samples the updates have."""
+    """The source of each update, and its samples."""
     three = deal_out([1.0, 0.5, 0.3], 24)
     places = Places(deal_out([1.0, 0.5], 6), 4, 2, rank=1, processes=2)
     return {"sources": three.tolist(), "places": [[*place] for place in places]}

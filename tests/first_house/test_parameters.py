@@ -1,7 +1,7 @@
-"""Of every parameter of every shipped config: shape, weight decay, learning rate, initial spread.
+"""Shape, weight decay, learning rate and initial values of all parameters of all shipped configs.
 
-Models are built without memory. Initial deviations are measured on models of the true widths with
-one block in the encoder and one in each decoder, whose weights are drawn from the config's seed:
+Models are built without memory. Initial standard deviations are measured on models of the true
+widths with one block in the encoder and in each decoder and weights drawn from the config's seed:
 all blocks of a transformer start alike.
 """
 
@@ -27,10 +27,10 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 ALL = sorted(
     path.relative_to(CONFIGS).as_posix()
     for path in CONFIGS.rglob("*.yaml")
-    if not path.stem.endswith("_fast")  # whose models are those of the exact configs
+    if not path.stem.endswith("_fast")  # their models are those of the exact configs
 )
 CLASSES = 10
-"""Where a config leaves them to the data."""
+"""The number of classes where a config leaves it to the data."""
 
 
 def load(path):
@@ -40,7 +40,7 @@ def load(path):
 
 
 def build(config):
-    """-> model and optimizer"""
+    """-> the model and its optimizer"""
     if isinstance(config, PretrainConfig):
         model = build_student(config)
         return model, Pretraining(config).optimizer(model)
@@ -49,16 +49,16 @@ def build(config):
 
 
 def what_is_built(config):
-    """All of a config that its model depends on, but for how likely it drops branches."""
+    """Everything in a config that its model depends on, except the rates of dropping branches."""
     model = replace(config.model, drop_path=0.0)
     return model, config.data.clip_size, getattr(config, "mining", None)
 
 
 def table(path, first_names, known):
-    """Rows of the first house's names, all blocks of a transformer in one, ``{i}`` in its name.
+    """Rows by the first house's names, with one row, named with ``{i}``, for all blocks.
 
-    -> shape, whether it decays, share of the learning rate (or of each block its own; none for both
-    where it does not learn), number of blocks. ``known``: of models before
+    A row: shape, whether it decays, its share of the learning rate (or one per block), both None if
+    it does not learn, and the number of blocks. ``known``: tables of earlier models
     """
     config = load(path)
     how = (config.recipe.weight_decay > 0, getattr(config.recipe, "layer_decay", None))
@@ -71,7 +71,7 @@ def table(path, first_names, known):
     group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
 
     def spread(key):
-        """A setting of each parameter in the parameter's shape, which renaming may cut and turn."""
+        """A setting of each parameter in the parameter's shape, so that renaming may split it."""
         values = {
             name: float(group_of[p][key]) if p in group_of else math.nan
             for name, p in model.named_parameters()
@@ -97,7 +97,7 @@ def table(path, first_names, known):
 
 
 def merged(of_blocks):
-    """The rows of all blocks in one: their learning rates may differ."""
+    """Merge the rows of all blocks: only their learning rates may differ."""
     shapes, decays, shares = zip(*of_blocks, strict=True)
     assert all(each == (shapes[0], decays[0]) for each in zip(shapes, decays, strict=True))
     return [shapes[0], decays[0], [*shares] if len(set(shares)) > 1 else shares[0], len(shapes)]
@@ -105,7 +105,7 @@ def merged(of_blocks):
 
 def starts(path, first_names, known):
     """Standard deviation and mean of each parameter of a new model with one block in each
-    transformer, by name with ``{i}`` for the block. ``known``: of models before."""
+    transformer, by name with ``{i}`` for the block. ``known``: values of earlier models"""
     config = load(path)
     sizes = {"encoder": replace(config.model.encoder, depth=1)}
     if isinstance(config, PretrainConfig):
@@ -145,15 +145,15 @@ def test_shapes_decay_and_learning_rates_are_those_of_the_first_house(stored, fi
 
 
 def test_parameters_start_as_in_the_first_house(stored, first_names):
-    """Of the widths up to ViT-B: L and H, whose rows are kept as well, start by the same rules."""
+    """Only up to ViT-B: L and H are in the table as well, but start by the same rules."""
     known = {}
     for path in ALL:
         if load(path).model.encoder.dim > 768:
             continue
         for name, (deviation, mean) in starts(path, first_names, known).items():
             shape, *_, deviation_before, mean_before = stored[path][name]
-            error = deviation_before / math.sqrt(math.prod(shape))  # of a measured mean
-            # Four times that of a measured deviation; both were rounded to 4 digits.
+            error = deviation_before / math.sqrt(math.prod(shape))  # the standard error of a mean
+            # Four standard errors of a standard deviation; both values were rounded to 4 digits.
             near = pytest.approx(deviation_before, abs=4 * error / math.sqrt(2), rel=1e-3)
             assert deviation == near, (path, name)
             assert mean == pytest.approx(mean_before, abs=6 * error + 1e-9), (path, name)

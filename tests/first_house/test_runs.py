@@ -1,8 +1,8 @@
 """Runs that the first house began go on, and compute what it computed.
 
-The stored numbers are of float32 on a CPU with one thread. Losses, gradients and one step start
-from a stored batch, so that only rounding may differ. Further updates decode the videos again:
-other pixels would be the decoder's doing, and images do not have that excuse.
+The stored numbers are in float32 from a CPU with one thread. Losses, gradients and one step use a
+stored batch, so that only rounding may differ. Later updates decode the videos again, where
+another decoder may give other pixels; for images there is no such excuse.
 """
 
 import json
@@ -28,26 +28,26 @@ RUNS = {"video": "pretrain", "images": "pretrain", "zero3": "pretrain", "classes
 STOPPED, UPDATES = 20, 40
 PLAIN = ("engine.name=torch", "engine.zero_stage=null", "engine.deepspeed=null")
 ROUNDING = 1e-5
-"""Of a tensor's norm. Sums of n float32 values in another order differ by about sqrt(n) 6e-8 of
-their terms' norm, and a backward pass is a few such sums, of at most 1e4 terms, one behind the
-other: 6e-6 each where terms cancel little."""
+"""Relative to a tensor's norm. Sums of n float32 values in another order differ by about
+sqrt(n) 6e-8 of their terms' norm. A backward pass is a chain of a few such sums with at most 1e4
+terms: 6e-6 each if terms hardly cancel."""
 FLOOR = 1e-7
-"""Of the norm of all gradients: what is left where terms cancel."""
+"""Relative to the norm of all gradients, for tensors whose terms cancel."""
 STANDARDISED = 20
 """An absolute loss predictor learns standardised errors, whose rounding is multiplied by mean /
 standard deviation. Processors that round otherwise gave up to 4e-5 of a gradient."""
 LATER = 1e-4
-"""Of a loss, 20 updates later; an order of sums alone moves them by 1e-5."""
+"""Relative to a loss, 20 updates later; another order of sums alone changes it by 1e-5."""
 NO_TRUE_GRADIENT = (
     "k_bias",
     "difficulty_decoder.head.bias",
     "difficulty_decoder.transformer.norm.bias",
 )
-"""Softmax and ranking ignore them. Their gradients are rounding, which Adam scales up to a step of
-at most the learning rate."""
+"""Softmax and ranking ignore them. Their gradients are rounding errors, which Adam scales up to a
+step of at most the learning rate."""
 TIMES = {"kind", "clips_per_second", "data_wait"}
 FEW = 10
-"""Updates under ZeRO 3, where each gathers every parameter: what is wrong is so at once."""
+"""Updates under ZeRO 3: each of them gathers every parameter, so errors show at once."""
 A_FEW_UPDATES = """
 import os, sys
 sys.path.insert(0, os.path.abspath("tools"))
@@ -66,14 +66,14 @@ sys.exit(pretrain.main(["runs/zero3/config.yaml"]))
 
 
 class MeasuredError(Exception):
-    """Ends a run after the update that was measured."""
+    """Raised to end a run after the measured update."""
 
 
-def measure(run, batch_of=lambda drawn: drawn):
-    """Go on with a run of the working directory for one update.
+def measure(run, batch_of=lambda batch: batch):
+    """Go on for one update with a run in the working directory.
 
-    ``batch_of`` its next batch is taken. -> that batch, learning rate, losses and tensors:
-    ``gradient.``, ``stepped.`` and ``average.`` of every parameter
+    ``batch_of`` may replace its next batch. -> the original batch, the learning rate, the losses,
+    and the tensors ``gradient.NAME``, ``stepped.NAME`` and ``average.NAME`` of every parameter
     """
     found = []
 
@@ -82,8 +82,8 @@ def measure(run, batch_of=lambda drawn: drawn):
         lr = schedule.at(progress)
         for group in engine.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        drawn = next(batches)
-        losses = objective.losses(engine, batch_of(drawn), progress)
+        batch = next(batches)
+        losses = objective.losses(engine, batch_of(batch), progress)
         engine.backward(losses.total)
         gradients = {name: p.grad.clone() for name, p in engine.model.named_parameters()}
         engine.step()
@@ -96,7 +96,7 @@ def measure(run, batch_of=lambda drawn: drawn):
             "stepped": dict(engine.model.named_parameters()),
             "average": dict(average.named_parameters()),
         }
-        found.extend([drawn, lr, values, parts])
+        found.extend([batch, lr, values, parts])
         raise MeasuredError
 
     schema, program = PROGRAMS[RUNS[run]]
@@ -107,7 +107,7 @@ def measure(run, batch_of=lambda drawn: drawn):
 
 
 def later_losses(folder):
-    """Everything that ``metrics.jsonl`` says of the further updates, but how long they took."""
+    """Everything that ``metrics.jsonl`` says about the later updates, except their times."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
         {name: value for name, value in row.items() if name not in TIMES}
@@ -128,19 +128,19 @@ def assert_same_later(run, end=UPDATES):
 @pytest.mark.parametrize("run", RUNS)
 def test_an_update_is_that_of_the_first_house(run, first_house, first_names):
     stored = load_file(Path("numbers", f"{run}.safetensors"))
-    told = json.loads(Path("numbers", f"{run}.json").read_text())
+    numbers = json.loads(Path("numbers", f"{run}.json").read_text())
     clips = stored.pop("clips")
-    drawn, lr, losses, parts = measure(run, lambda drawn: replace(drawn, clips=clips))
+    batch, lr, losses, parts = measure(run, lambda batch: replace(batch, clips=clips))
 
-    # The batch is the same: files, crops and keys. Decoders round pixels in their own ways.
-    assert [Path(file).name for file in drawn.files] == told["files"]
-    assert drawn.keys.tolist() == told["keys"]
-    assert (drawn.clips.float() - clips.float()).abs().mean() < (
+    # The batch is the same: files, crops and keys. Pixels may differ: decoders round differently.
+    assert [Path(file).name for file in batch.files] == numbers["files"]
+    assert batch.keys.tolist() == numbers["keys"]
+    assert (batch.clips.float() - clips.float()).abs().mean() < (
         0 if run == "images" else 0.5
     ) + 1e-9
 
-    assert lr == pytest.approx(told["lr"], rel=1e-12)
-    assert losses == pytest.approx(told["losses"], rel=ROUNDING)
+    assert lr == pytest.approx(numbers["lr"], rel=1e-12)
+    assert losses == pytest.approx(numbers["losses"], rel=ROUNDING)
     key_biases = any(name.endswith("k_bias") for name in stored)
     found = {
         f"{part}.{name}": value.detach()
@@ -153,14 +153,14 @@ def test_an_update_is_that_of_the_first_house(run, first_house, first_names):
         if run == "zero3" and "difficulty_decoder" in name:
             allowed *= STANDARDISED
         if name.startswith("gradient"):
-            allowed += FLOOR * told["losses"]["gradient_norm"]
+            allowed += FLOOR * numbers["losses"]["gradient_norm"]
         elif name.endswith(NO_TRUE_GRADIENT):
             allowed += lr * np.sqrt(value.numel())
         assert (value - stored[name]).norm() <= allowed, name
 
 
 def test_runs_start_from_the_weights_of_the_first_house(first_house, first_names):
-    """A student and a teacher, and the encoder of a classifier."""
+    """As student and teacher, and as the encoder of a classifier."""
     checkpoint = Path("runs/video/checkpoints/last")
     began_with = [f"init_weights={checkpoint}"]
     started = {}

@@ -15,7 +15,7 @@ def _small_blocks(monkeypatch):
 
 
 def dense_ranking_loss(scores: Tensor, errors: Tensor) -> Tensor:
-    """The definition, over the whole (B, M, M) matrix in float64."""
+    """The definition: over the whole (B, M, M) matrix, in float64."""
     order = (errors.unsqueeze(2) - errors.unsqueeze(1)).sign().double()
     margin = scores.double().unsqueeze(2) - scores.double().unsqueeze(1)
     counted = order.abs()
@@ -92,7 +92,7 @@ def test_pairs_in_order_are_counted():
 
 
 def test_no_tensor_of_all_pairs_is_held():
-    """Largest tensor that any operation returns, forward and backward."""
+    """This looks at the largest tensor that any operation returns, forward and backward."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""What METHOD.md says of the official models of images, computed by our code."""
+"""What METHOD.md says about the official models for images, computed by our code."""
 
 import math
 
@@ -15,7 +15,7 @@ from hpm_video.training.optim import parameter_groups
 
 IMAGE = TokenGrid.of_clip((1, 224, 224), (1, 16, 16))
 DECODER = TransformerSize(512, 8, 16)
-MODELS = {  # size, side of a patch, parameters of ours that learn, and of the official layout
+MODELS = {  # size, side of a patch, learned parameters of ours, parameters of the official layout
     "B": (TransformerSize(768, 12, 12), 16, 136_876_289, 137_521_920),
     "L": (TransformerSize(1024, 24, 16), 16, 354_459_905, 355_155_968),
     "H": (TransformerSize(1280, 32, 16), 14, 681_834_573, 682_596_248),
@@ -34,7 +34,7 @@ def make(size, side=16, pixels=224, decoder=DECODER, **options):
 
 
 def make_shallow(side=16, pixels=32):
-    """As wide as ViT-B and its decoders, with one block each."""
+    """The widths of ViT-B and its decoders, with one block each."""
     torch.manual_seed(0)
     return make(TransformerSize(768, 1, 12), side, pixels, TransformerSize(512, 1, 16))
 
@@ -71,7 +71,7 @@ def test_last_epoch_of_an_image_hides_73_hard_tokens_and_74_of_the_others():
     assert by_rank[:, 196 - 73 :].all()
     others = by_rank[:, : 196 - 73]
     assert torch.equal(others.sum(dim=1), torch.full((clips,), 74.0))
-    # Whatever its rank, and wherever it is: six deviations of a mean over as many draws.
+    # Whatever its rank or place: six standard errors of a mean over as many draws.
     chance = 74 / 123
     assert round(chance, 4) == 0.6016
     six = 6 * math.sqrt(chance * (1 - chance) / clips)
@@ -83,7 +83,7 @@ def test_last_epoch_of_an_image_hides_73_hard_tokens_and_74_of_the_others():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_number_of_parameters_is_the_official_one(name):
-    """Theirs counts the fixed positions, and one output of the predictor for each value."""
+    """Theirs includes the fixed positions, and a predictor with one output per pixel value."""
     size, side, ours, official = MODELS[name]
     model = on_meta(name)
     assert count(model) == ours
@@ -105,13 +105,13 @@ def test_maes_model_is_the_same_without_the_predictor(name):
 
 
 def test_number_of_tensors_is_that_of_the_official_file():
-    """There, both position tables are saved."""
+    """The file contains both position tables."""
     assert len({*on_meta("B").state_dict(), "pos_embed", "decoder_pos_embed"}) == 354
 
 
 @pytest.mark.parametrize(("side", "deviation"), [(16, 0.001426), (14, 0.001758)])
 def test_the_predictor_starts_as_the_official_head_that_is_averaged(side, deviation):
-    """Linear to one output per value, xavier-uniform, of which the mean is taken."""
+    """The official head is linear and xavier-uniform; its outputs, one per value, are averaged."""
     values = 3 * side * side
     official = nn.Linear(512, values)
     nn.init.xavier_uniform_(official.weight)
@@ -122,7 +122,7 @@ def test_the_predictor_starts_as_the_official_head_that_is_averaged(side, deviat
 
     head = make_shallow(side, pixels=2 * side).difficulty_decoder.head
     assert head.weight.shape == (1, 512)
-    # Of 512 draws: a deviation is known to 3 %, four times that are allowed.
+    # 512 draws give a standard deviation to 3 %; four times that is allowed.
     assert folded.std().item() == pytest.approx(deviation, rel=0.125)
     assert head.weight.std().item() == pytest.approx(deviation, rel=0.125)
     assert head.weight.mean().abs() < 4 * deviation / math.sqrt(512)
@@ -130,21 +130,21 @@ def test_the_predictor_starts_as_the_official_head_that_is_averaged(side, deviat
 
 
 def test_initial_weights_are_maes():
-    """Every one of them: xavier-uniform matrices, vectors of 0, norms of 1, tokens normal."""
+    """All of them: xavier-uniform matrices, vectors of 0, norms of 1, tokens normal."""
     model = make_shallow()
     left = dict(model.named_parameters())
-    del left["difficulty_decoder.head.weight"]  # see above
+    del left["difficulty_decoder.head.weight"]  # see the test above
     for name, module in model.named_modules():
         if isinstance(module, nn.LayerNorm):
             assert (left.pop(f"{name}.weight") == 1).all()
             assert not left.pop(f"{name}.bias").any()
         if isinstance(module, nn.Linear | nn.Conv3d) and f"{name}.weight" in left:
-            weight = left.pop(f"{name}.weight").flatten(1)  # of the patch embedding
+            weight = left.pop(f"{name}.weight").flatten(1)  # flattened for the patch embedding
             bound = math.sqrt(6 / sum(weight.shape))
             assert 0.999 * bound < weight.abs().max() <= bound, name
             assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.01), name
-    assert model.blocks[0].attn.qkv.weight.shape == (3 * 768, 768)  # as one matrix
-    # The official patch embedding is a convolution, whose bias nobody touches.
+    assert model.blocks[0].attn.qkv.weight.shape == (3 * 768, 768)  # a single matrix
+    # The official patch embedding is a convolution whose bias keeps PyTorch's initial values.
     bias = left.pop("patch_embed.proj.bias")
     bound = 1 / math.sqrt(768)
     assert 0.98 * bound < bias.abs().max() <= bound
@@ -153,7 +153,7 @@ def test_initial_weights_are_maes():
         error = 1 / math.sqrt(2 * token.numel())
         assert token.std().item() == pytest.approx(0.02, rel=4 * error)
         assert token.mean().abs() < 4 * 0.02 / math.sqrt(token.numel())
-        assert token.abs().max() > 0.05  # normal, cut nowhere near
+        assert token.abs().max() > 0.05  # normal, not truncated
     assert all(name.endswith("bias") for name in left)
     assert any(name.endswith("qkv.bias") for name in left)
     assert not any(bias.any() for bias in left.values())

@@ -103,7 +103,7 @@ def test_student_learns_one_batch_by_heart(kind, predictor):
 
 
 def test_predictor_finds_a_planted_hard_region():
-    """Left half: smooth ramps that can be learned. Right half: noise, new in every clip."""
+    """Left half: smooth ramps, which can be learned. Right half: new noise in every clip."""
     student, objective, engine = make(strategy="random", target="raw")
     generator = torch.Generator().manual_seed(0)
     ramp = torch.linspace(0, 255, 32).view(1, 1, 1, 32, 1).expand(8, 3, 4, 32, 16)
@@ -125,7 +125,7 @@ def test_loss_is_the_sum_of_its_parts_and_reaches_the_encoder_from_both():
         assert gradient.abs().sum() > 0
     pixel_head = student.reconstructor.head.weight
     unused = torch.autograd.grad(losses.parts["prediction"], pixel_head, allow_unused=True)
-    assert unused == (None,)  # the ranking's target is detached
+    assert unused == (None,)  # the target of the ranking is detached
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_the_teacher_scores_all_tokens_whatever_its_encoder_sees(view, count):
 
 
 class Oracle(torch.nn.Module):
-    """Predicts of each token what does not depend on which other tokens are predicted."""
+    """Its prediction for a token does not depend on which other tokens are predicted."""
 
     def __init__(self):
         super().__init__()
@@ -189,7 +189,7 @@ class Oracle(torch.nn.Module):
 
 @pytest.mark.parametrize("share", [0.5, 0.25])
 def test_losses_of_a_share_of_the_hidden_tokens_are_unbiased(share):
-    """Their mean over many draws is the loss over all hidden tokens under the same masks."""
+    """Their mean over many draws is the loss over all hidden tokens with the same masks."""
     batch, found = random_batch((4, 32, 32), 1), {}
     same = dataclasses.replace(batch, clips=batch.clips.expand(60, -1, -1, -1, -1))
     for decoded in (1.0, share):
@@ -233,11 +233,11 @@ def test_plain_masked_autoencoder_has_no_teacher_and_one_loss():
 
 @pytest.mark.parametrize("levers", [{}, {"teacher_sees": "quarter", "decoded_share": 0.5}])
 def test_nothing_in_an_update_waits_for_the_device(levers):
-    """Fake tensors have no values, so anything that asks for one raises."""
+    """Fake tensors have no values: reading one raises an error."""
     from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
     with FakeTensorMode() as mode:
-        # Copying a fake model would copy its mode, so the teacher is built, not copied.
+        # A copy of a fake model would copy its fake mode, so the teacher is built anew.
         student, objective, _ = make(teacher=make_model(), **levers)
         batch = batch_of(torch.empty(4, 3, 4, 32, 32, dtype=torch.uint8))
         engine = TorchEngine(
@@ -260,8 +260,8 @@ def test_nothing_in_an_update_waits_for_the_device(levers):
 
 def test_trivial_rankers_see_what_their_names_say():
     clips = torch.zeros(1, 3, 4, 16, 16, dtype=torch.uint8)
-    clips[:, :, :, :8, :8] = (torch.rand(8, 8) * 255).to(torch.uint8)  # texture, standing still
-    clips[:, :, 2:, 8:, 8:] = 200  # flat, and jumps once
+    clips[:, :, :, :8, :8] = (torch.rand(8, 8) * 255).to(torch.uint8)  # texture, still
+    clips[:, :, 2:, 8:, 8:] = 200  # flat, with one jump in brightness
     scores = trivial_difficulties(clips, (2, 8, 8))
     assert scores["variance"].argmax().item() in (0, 4)
     assert scores["motion"].argmax().item() == 7
@@ -272,8 +272,8 @@ def test_trivial_rankers_see_what_their_names_say():
     assert set(image) == {"variance", "flatness"}
 
 
-def test_levers_are_held_against_the_exact_method(monkeypatch):
-    """A teacher that, unless it sees all, ranks in the opposite order."""
+def test_levers_are_compared_with_the_exact_method(monkeypatch):
+    """The teacher ranks in the opposite order unless it sees all tokens."""
     student, objective, engine = make()
     forward = torch.arange(32.0).expand(4, -1)
     monkeypatch.setattr(
@@ -311,7 +311,7 @@ LEVERS = {"teacher_sees": "checkerboard", "decoded_share": 0.5}
 
 
 def make_mixed(unit="token", predictor="relative", target="pixels", class_token=False, **levers):
-    """One model and one objective for clips of 4 frames and, as ``images``, of one."""
+    """One model and objective for clips of 4 frames and a source ``images`` of single frames."""
     torch.manual_seed(0)
     size, patch = TransformerSize(32, 2, 4), (1, 8, 8)
     shape = Geometry(LONG, patch, size, "space_time", class_token=class_token, other_grids=(SHORT,))
@@ -348,7 +348,7 @@ def images(batch=4):
 
 
 def lines_run(work):
-    """Every line of the package that ``work`` runs: {(module, function, line)}"""
+    """Every line of the package that ``work`` executes: {(module, function, line)}"""
     package, seen = str(Path(hpm_video.__file__).parent), set()
 
     def trace(frame, event, _argument):
@@ -379,7 +379,7 @@ def lines_run(work):
     ],
 )
 def test_one_time_step_and_several_run_the_same_lines(options):
-    """The same objects, and no line of the package that is there for one of them."""
+    """The same objects handle both, and no line of the package exists for only one of them."""
     student, objective, engine = make_mixed(**options)
     ran = []
     for batch in (random_batch((4, 32, 32)), images()):
@@ -447,7 +447,7 @@ def test_a_mixture_is_learned_by_heart():
         assert after.parts[part] < 0.9 * before.parts[part]
 
 
-def test_measures_of_several_sources_are_told_one_after_the_other():
+def test_measures_of_several_sources_are_reported_one_after_the_other():
     measures = {
         "relative_error": 0.5,
         "teacher_ranking": 0.75,

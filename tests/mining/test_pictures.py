@@ -261,7 +261,7 @@ def test_ranks_run_from_0_to_1_and_ties_share_one() -> None:
     np.testing.assert_allclose(to_ranks(scores[:1]), [0])
 
 
-# What is drawn
+# Drawing
 
 
 @pytest.mark.parametrize(
@@ -363,7 +363,7 @@ def test_a_clip_of_one_channel_is_drawn_in_grey() -> None:
     assert (frames[..., :1] == frames).all()
 
 
-# What is written
+# Writing
 
 
 def test_a_sheet_is_written_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,7 +422,7 @@ def show_masks() -> ModuleType:
 
 
 def save_tiny(folder: Path, **parts: Any) -> Path:
-    """A checkpoint of a run that made no update."""
+    """The checkpoint of a run before its first update."""
     config = PretrainConfig(
         model=ModelConfig(encoder=TINY, decoder=TINY, patch_size=PATCH),
         data=PretrainDataConfig(num_frames=4, frame_stride=2, frame_size=(16, 24)),
@@ -531,7 +531,7 @@ def test_the_tool_says_what_is_wrong_with_a_file(
     assert "--source a is for runs that mix sources" in error_of(checkpoint, video, "--source", "a")
     assert "cannot decode" in error_of(checkpoint, checkpoint / "config.yaml")
     content = bytearray(video.read_bytes())
-    table = content.index(b"stsz") + 12  # the number of samples, behind the size of all
+    table = content.index(b"stsz") + 12  # the number of samples, after their common size
     content[table : table + 4] = b"\x7f\xff\xff\xff"
     lying = video.with_name("lying.mp4")
     lying.write_bytes(content)

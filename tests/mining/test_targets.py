@@ -1,4 +1,4 @@
-"""What is reconstructed: pixels as they were, features of a model or of the teacher."""
+"""Reconstruction targets: pixels, features of a model, or features of the teacher."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 class Features(nn.Module):
-    """A random model that stays as it is, and gives a feature of each patch."""
+    """A fixed random model that gives one feature per patch."""
 
     def __init__(self):
         super().__init__()
@@ -117,7 +117,7 @@ def test_errors_are_float32_in_mixed_precision():
 
 def test_the_baseline_is_the_mean_direction_of_the_hidden_tokens_of_a_clip():
     features = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(1))
-    features = features * torch.rand(2, 6, 1) * 9  # a long one counts no more than a short one
+    features = features * torch.rand(2, 6, 1) * 9  # a long feature counts no more than a short one
     target = target_of(None)
     for clip, errors in zip(features, target.baseline_errors(features), strict=True):
         mean = sum(feature / feature.norm() for feature in clip)
@@ -158,7 +158,7 @@ def test_features_are_those_of_the_hidden_tokens():
 
 
 def test_a_feature_model_gets_no_gradient():
-    model = Features()  # of its own it would learn
+    model = Features()  # by itself it would learn
     student, objective, _ = make(target_of(model))
     objective.losses(student, batch_of(), Progress(0, 0, 1)).total.backward()
     assert not target_of(model).features(batch_of().clips).requires_grad
@@ -194,7 +194,7 @@ def test_what_is_measured_is_the_error_against_the_mean_direction():
         student.reconstructor.head.bias.copy_(mean)
     model.calls = 0
     measures = measure(objective, engine, [batch_of()])
-    # That of all clips is nearly that of each; the latter is the best constant answer.
+    # The mean over all clips is close to that of each, which is the best constant answer.
     assert 1 < measures["relative_error"] < 1.1
     assert {"student_ranking", "teacher_ranking", "ranking_by_variance"} <= set(measures)
     assert model.calls == 1, "features do not depend on the mask"
@@ -212,7 +212,7 @@ def test_a_study_of_features_has_no_reconstruction():
 
 
 def encoded_by(teacher):
-    """A list that gets what its encoder gives, call by call."""
+    """A list to which each call of its encoder appends the output."""
     seen = []
     teacher.norm.register_forward_hook(lambda *call: seen.append(call[-1]))
     return seen
@@ -251,7 +251,7 @@ def test_pixels_need_the_teacher_only_where_it_picks():
 def test_the_target_is_what_the_teachers_encoder_makes_of_the_whole_clip(class_token):
     student, objective, _ = make(target_of(None), class_token=class_token)
     with torch.no_grad():
-        objective.ema.patch_embed.proj.weight.mul_(2)  # no longer the student's
+        objective.ema.patch_embed.proj.weight.mul_(2)  # no longer equal to the student's
     batch, asked = batch_of(), []
 
     def knows_all(clips, mask, keys):
@@ -287,7 +287,9 @@ def test_a_teacher_is_there_without_a_predictor_where_it_is_the_target():
     with torch.no_grad():
         student.mask_token.fill_(1)
     objective.after_update(student, Progress(0, 0, 1))
-    assert objective.ema.mask_token.max() > 0.8, "it follows: at first with momentum 0.1"
+    assert objective.ema.mask_token.max() > 0.8, (
+        "it follows the student, at first with momentum 0.1"
+    )
 
 
 @pytest.mark.parametrize(

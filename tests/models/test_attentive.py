@@ -7,7 +7,7 @@ from hpm_video.models.classifier import AttentivePooling
 
 @pytest.fixture
 def pooling() -> AttentivePooling:
-    """With random values everywhere, so that no part can hide behind its initial zeros."""
+    """Random values everywhere, so that initial zeros hide no part."""
     torch.manual_seed(0)
     module = AttentivePooling(24, 3)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def test_attention_equals_that_of_pytorch(pooling):
     query = pooling.latent.expand(2, -1, -1)
     expected, weights = theirs(query, tokens, tokens)
     torch.testing.assert_close(pooling.attend(tokens), expected.squeeze(1), atol=1e-5, rtol=1e-5)
-    assert weights.std() > 0.01  # the query does tell tokens apart
+    assert weights.std() > 0.01  # the query does distinguish tokens
 
 
 def test_the_whole_is_attention_over_normed_tokens_and_a_residual_mlp(pooling):

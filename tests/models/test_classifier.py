@@ -111,7 +111,7 @@ def test_a_head_starts_scaled_and_everything_else_the_same():
     assert small(clips_of()).abs().max() < 0.01
 
 
-def test_linear_layers_start_as_told():
+def test_linear_layers_start_as_the_config_says():
     wide = Geometry(GRID, PATCH, TransformerSize(128, 2, 4), "sequence")
     for init, of_width in (
         ("truncated_normal", lambda rows, columns: 0.02),

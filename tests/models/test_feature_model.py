@@ -15,17 +15,17 @@ from hpm_video.files.weights import CheckpointError
 from hpm_video.models.feature_model import feature_width, load_feature_model
 from hpm_video.weights.files import read_image_tower
 
-TINY = "test_vit.r160_in1k"  # 64 wide, patches of 16, frames of 160
+TINY = "test_vit.r160_in1k"  # width 64, patches of 16, frames of 160
 TINY_GRID = (10, 10)
 HALF = (0.5, 0.5, 0.5)
-CLIP = "vit_xsmall_patch16_clip_224"  # 256 wide, projected to 512
+CLIP = "vit_xsmall_patch16_clip_224"  # width 256, projected to 512
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 PATCH = (1, 16, 16)
 
 
 def randomised(model, seed=0):
-    """Weights unlike any initial ones, so that each of them matters."""
+    """Weights unlike any initial values, so that each of them matters."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -86,7 +86,7 @@ def saved(content, tmp_path, name="weights.pth"):
 
 
 def openai_layout(weights):
-    """timm's names of the image tower turned into those of OpenAI's CLIP."""
+    """The image tower with the names of OpenAI's CLIP in place of timm's."""
     names = [
         ("patch_embed.proj.", "conv1."),
         ("attn.qkv.", "attn.in_proj_"),
@@ -124,7 +124,7 @@ TEXT_TOWER = {
 }
 
 
-# What the features are
+# Features
 
 
 def test_features_of_dino_are_timms_normed_patch_tokens(tiny, tiny_file):
@@ -160,7 +160,7 @@ def test_feature_is_of_the_patch_at_its_place_in_the_grid(tiny, tmp_path):
     weights = {name: value.clone() for name, value in tiny.state_dict().items()}
     for name in weights:
         if ".attn.proj." in name:
-            weights[name].zero_()  # tokens then know nothing of each other
+            weights[name].zero_()  # now tokens do not see each other
     path = saved(weights, tmp_path)
     model = load_tiny(path, frame_size=(32, 80))
     dark = torch.zeros(1, 3, 2, 32, 80, dtype=torch.uint8)
@@ -251,7 +251,7 @@ def test_patches_must_be_the_students(tiny_file):
 
 
 def full_dino(weights):
-    """As DINO's training saves it."""
+    """A checkpoint as DINO's training saves it."""
     head = {"mlp.0.weight": torch.ones(3), "last_layer.weight_g": torch.ones(3)}
     teacher = {f"backbone.{name}": value for name, value in weights.items()}
     teacher |= {f"head.{name}": value for name, value in head.items()}
@@ -315,7 +315,7 @@ def test_every_weight_that_does_not_fit_is_named(tiny, tmp_path):
     del weights["norm.bias"]
     weights |= {"extra.a": torch.ones(1), "extra.b": torch.ones(1)}
     weights["pos_embed"] = weights["pos_embed"][:, :-1]
-    weights["patch_embed.proj.weight"] = torch.ones(64, 3, 8, 8)  # timm would resample it
+    weights["patch_embed.proj.weight"] = torch.ones(64, 3, 8, 8)  # timm would resample this
     with pytest.raises(CheckpointError) as error:
         load_tiny(saved(weights, tmp_path))
     for part in (

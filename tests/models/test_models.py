@@ -14,7 +14,7 @@ from hpm_video.tokens.masking import TokenMask, choose_masked
 from hpm_video.tokens.patches import patchify
 
 SMALL = TransformerSize(32, 2, 4)
-SIZES = {  # METHOD: parameters of VideoMAE's pre-training model in millions
+SIZES = {  # METHOD.md: parameters of VideoMAE's pre-training model in millions
     "S": (TransformerSize(384, 12, 6), TransformerSize(192, 4, 3), 24.03),
     "B": (TransformerSize(768, 12, 12), TransformerSize(384, 4, 6), 94.21),
     "L": (TransformerSize(1024, 24, 16), TransformerSize(512, 12, 8), 343.00),
@@ -91,7 +91,7 @@ def test_scores_for_all_tokens_do_not_run_the_reconstructor():
 
 @pytest.mark.parametrize("class_token", [False, True])
 def test_hidden_tokens_are_scored_as_the_student_scores_them(class_token):
-    """What a teacher computes that sees a part of the clip."""
+    """This is what a teacher computes that sees only a part of the clip."""
     model, clips = make(shape_of(class_token=class_token)), torch.rand(2, 3, 4, 32, 32)
     mask = random_mask(model, ratio=0.5)
     scores = model.score(model.encode(clips, mask=mask), model.grid, mask)
@@ -213,7 +213,7 @@ def test_positions_are_interleaved_sine_and_cosine():
 
 
 def coordinates(grid, source):
-    """Where the tokens' centres lie in a grid of pre-training, its own tokens' at whole numbers."""
+    """The centres of the tokens in a pre-training grid, whose own tokens are at whole numbers."""
     lengths = zip(
         (grid.time, grid.height, grid.width),
         (source.time, source.height, source.width),
@@ -253,7 +253,7 @@ def test_positions_in_the_grid_of_pretraining_are_the_plain_ones_to_the_bit(kind
 def test_plain_positions_are_those_of_whole_indices():
     expected = [sequence_code(index, 16) for index in range(1568)]
     table = position_table(PRETRAINED, 16, "sequence")
-    # The rates are float32, which makes an index of a thousand inexact by 1e-4.
+    # The rates are float32, so an index of a thousand is inexact by 1e-4.
     np.testing.assert_allclose(table, expected, rtol=0, atol=1e-4)
 
 
@@ -283,7 +283,7 @@ def test_space_time_positions_in_another_grid_are_at_fractional_coordinates(grid
 
 
 def test_centres_keep_their_place_when_time_doubles():
-    """Two tokens of a clip of twice the frames lie a quarter of a token around one of before."""
+    """With twice the frames, two tokens lie a quarter of a token before and after each old one."""
     times, rows, columns = coordinates(TokenGrid(16, 14, 14), PRETRAINED)
     assert times[:4] == [-0.25, 0.25, 0.75, 1.25]
     assert rows == columns == list(range(14))
@@ -303,7 +303,7 @@ def test_impossible_transformer_names_the_numbers(size):
 
 
 def test_space_time_positions_of_an_image_are_maes():
-    """MAE's table from its definition: per position, sines and cosines of column, then of row."""
+    """MAE's table by definition: for each position sines and cosines of column, then of row."""
     grid, dim = TokenGrid(1, 3, 5), 16
     rates = [10000 ** (-i / 4) for i in range(4)]
     for row in range(3):
@@ -319,7 +319,7 @@ def test_space_time_positions_add_a_code_of_time_that_begins_at_zero():
     image, video = (position_table(TokenGrid(t, 3, 5), 16, "space_time") for t in (1, 4))
     assert torch.equal(video[:15], image)
     steps = video.view(4, 15, 16) - image
-    torch.testing.assert_close(steps, steps[:, :1].expand(4, 15, 16))  # the same at every place
+    torch.testing.assert_close(steps, steps[:, :1].expand(4, 15, 16))  # the same at every position
     assert steps[1:].abs().amax(dim=-1).min() > 0.5
     with pytest.raises(ValueError, match="a width that 4 divides, got 6"):
         position_table(TokenGrid(1, 2, 2), 6, "space_time")
@@ -345,7 +345,7 @@ def test_scores_are_not_rounded_by_mixed_precision():
 
 
 def seen_by(module):
-    """A list that gets what a module is given, call by call."""
+    """A list to which each call of a module appends its input."""
     seen = []
     module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     return seen
@@ -356,7 +356,7 @@ CLIPS = (2, 3, 4, 32, 32)
 
 @pytest.mark.parametrize("conventions", ["videomae", "mae"])
 @pytest.mark.parametrize("positions", ["sequence", "space_time"])
-def test_a_class_token_changes_no_shape_of_what_is_said_of_the_clip(conventions, positions):
+def test_a_class_token_changes_no_shape_of_the_outputs(conventions, positions):
     shape = shape_of(class_token=True, conventions=conventions, positions=positions)
     model, clips = make(shape), torch.rand(CLIPS)
     mask = random_mask(model)
@@ -446,7 +446,7 @@ def test_initial_weights_of_mae():
 
 
 def test_the_bias_of_the_keys_is_that_and_nothing_else():
-    """The softmax ignores it, which it would not if it were added to anything else."""
+    """The softmax ignores it, which it would not do if the bias were added to anything else."""
     attention = Transformer(SMALL).blocks[0].attn
     q_bias, k_bias, _ = attention.qkv.bias.detach().chunk(3)
     tokens = torch.rand(2, 5, 32)

@@ -23,7 +23,7 @@ def theirs():
         num_hidden_layers=SIZE.depth,
         num_attention_heads=SIZE.num_heads,
         intermediate_size=4 * SIZE.dim,
-        layer_norm_eps=1e-6,  # theirs defaults to 1e-12
+        layer_norm_eps=1e-6,  # their default is 1e-12
         use_mean_pooling=True,
         num_labels=CLASSES,
     )
@@ -31,7 +31,7 @@ def theirs():
     model = videomae.VideoMAEForVideoClassification(config).eval()
     for parameter in model.parameters():
         parameter.data.normal_(std=0.2)
-    model.fc_norm.eps = 1e-6  # theirs is fixed at 1e-5, the original's is 1e-6
+    model.fc_norm.eps = 1e-6  # theirs is fixed at 1e-5; the original has 1e-6
     return model
 
 
@@ -79,7 +79,7 @@ def test_same_gradients_weight_for_weight(theirs, ours):
 def test_same_number_of_parameters_and_no_norm_before_the_mean(theirs, ours):
     assert theirs.videomae.layernorm is None
     count = sum(p.numel() for p in theirs.parameters())
-    key_biases = SIZE.depth * SIZE.dim  # theirs has none
+    key_biases = SIZE.depth * SIZE.dim  # they have none
     assert sum(p.numel() for p in ours.parameters()) == count + key_biases
 
 

@@ -1,7 +1,7 @@
-"""Files with the official names against models of transformers, by a table of names of its own.
+"""Files with the official names against models of transformers, by an independent table of names.
 
-A mistake in the package's own table cannot cancel out here: what transformers computes with random
-weights, our model must compute with the file that holds them by the official names.
+So a mistake in the package's own table cannot cancel out: our model, with a file that holds random
+weights by their official names, must compute what transformers computes with these weights.
 """
 
 import re
@@ -84,7 +84,7 @@ NAMES = {
 
 
 def official(name, state):
-    """The tensors of transformers by the names of the official projects."""
+    """Tensors of transformers, renamed as in the official projects."""
     found = {}
     for key, value in state.items():
         for pattern, replacement in (*BLOCKS, *NAMES[name]):

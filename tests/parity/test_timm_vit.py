@@ -1,6 +1,6 @@
 """Our classifier of images against timm's vision transformer, weight for weight.
 
-Both compute in float64 wherever ours can, so that a difference is one of meaning.
+Both compute in float64 wherever ours can, so that a difference is not rounding.
 """
 
 import pytest
@@ -28,7 +28,7 @@ KINDS = pytest.mark.parametrize(
 
 
 def in_our_layout(tensors):
-    """Weights of timm's, or their gradients: their names are ours, but positions no parameter."""
+    """timm's weights or their gradients: the names are the same, but our positions are fixed."""
     found = {name: tensor for name, tensor in tensors.items() if name != "pos_embed"}
     found["patch_embed.proj.weight"] = found["patch_embed.proj.weight"].unsqueeze(2)
     return found
@@ -68,13 +68,13 @@ def make_ours(class_token, pooling, **options):
 
 @torch.no_grad()
 def give_positions(ours, theirs):
-    """Ours are fixed, timm's are learned; the class token, where there is one, has none."""
+    """Copy ours, which are fixed, to timm's, which are learned; a class token has none."""
     table = ours.positions("pos_embed", ours.grid)
     theirs.pos_embed.copy_(F.pad(table, (0, 0, ours.num_prefix, 0)))
 
 
 def make_pair(class_token, global_pool, pooling):
-    """-> ours and timm's with the same weights, every one of them"""
+    """-> our model and timm's, with all weights the same"""
     theirs, ours = make_theirs(class_token, global_pool), make_ours(class_token, pooling)
     ours.load_state_dict(in_our_layout(theirs.state_dict()))
     give_positions(ours, theirs)
@@ -110,7 +110,7 @@ def test_same_gradient_of_every_parameter(class_token, global_pool, pooling):
 
 
 def test_linear_probe_is_a_batch_norm_without_weights_and_a_linear_layer():
-    """On the class token behind timm's last norm. Ours pools in float32."""
+    """On the class token after timm's last norm. Ours pools in float32."""
     theirs = make_theirs(class_token=True, global_pool="token").float()
     ours = make_ours(class_token=True, pooling="batch_norm", frozen=True).float()
     probe = nn.Sequential(
@@ -160,8 +160,8 @@ def test_weight_decay_and_learning_rate_of_every_parameter(
         for parameter in group["params"]:
             name = names[id(parameter)]
             expected[name] = group["weight_decay"], pytest.approx(group["lr_scale"])
-    # timm trains the last norm at the rate of the last block; in MAE's and in our fine-tuning all
-    # that follows the blocks trains at the rate of the head.
+    # timm trains the last norm at the rate of the last block; in MAE's and our fine-tuning
+    # everything after the blocks trains at the rate of the head.
     expected |= {name: (0.0, 1.0) for name in expected if name.startswith("norm.")}
     del expected["pos_embed"]
 

@@ -33,7 +33,7 @@ def theirs():
         decoder_num_hidden_layers=DECODER.depth,
         decoder_num_attention_heads=DECODER.num_heads,
         decoder_intermediate_size=4 * DECODER.dim,
-        layer_norm_eps=1e-6,  # theirs defaults to 1e-12
+        layer_norm_eps=1e-6,  # their default is 1e-12
         use_mean_pooling=False,
     )
     torch.manual_seed(0)
@@ -46,7 +46,7 @@ def theirs():
 
 @pytest.fixture
 def ours(theirs, copy_blocks) -> MaskedAutoencoder:
-    """With their weights."""
+    """Our model with their weights."""
     model = SHAPE.autoencoder(DECODER).eval()
     trunk, decoder = theirs.videomae, theirs.decoder
     copy_blocks(model, trunk.encoder.layer)
@@ -78,7 +78,7 @@ def test_same_pixels_and_same_loss_for_the_hidden_tokens(theirs, ours, per_chann
     predicted = ours(clips, mask).content
     torch.testing.assert_close(predicted, expected.logits, rtol=1e-5, atol=1e-5)
 
-    # Without the standardisation theirs predicts pixels in [0, 1]; ours has no such target.
+    # Without standardisation theirs predicts pixels in [0, 1], a target that ours does not have.
     patches = mask.take_masked(patchify(pixels.float() / 255, PATCH))
     target = standardise(patches, "per_channel" if per_channel else "raw", channels=3)
     loss = reconstruction_errors(predicted, target).mean()
@@ -88,5 +88,5 @@ def test_same_pixels_and_same_loss_for_the_hidden_tokens(theirs, ours, per_chann
 def test_same_number_of_parameters(theirs):
     ours = SHAPE.autoencoder(DECODER, predictor=False)
     count = sum(p.numel() for p in theirs.parameters())
-    key_biases = sum(size.depth * size.dim for size in (ENCODER, DECODER))  # theirs has none
+    key_biases = sum(size.depth * size.dim for size in (ENCODER, DECODER))  # they have none
     assert sum(p.numel() for p in ours.parameters()) == count + key_biases

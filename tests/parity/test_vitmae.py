@@ -1,7 +1,7 @@
 """Our autoencoder of images against the independent ViTMAE in transformers, weight for weight.
 
-Both compute in float64, so that a difference is one of meaning: predictions agree to 1e-12 (seen:
-3e-15). Only our targets and losses are float32, and what follows from them, gradients.
+Both compute in float64, so that a difference is not rounding: predictions agree to 1e-12 (seen:
+3e-15). Only our targets and losses, and so the gradients, are in float32.
 """
 
 import pytest
@@ -16,7 +16,7 @@ from hpm_video.tokens.patches import normalise
 
 vitmae = pytest.importorskip("transformers.models.vit_mae")
 
-PATCH, SQUARE, RATIO = 8, (4, 4), 0.75  # pixels, rows and columns of tokens, share that is hidden
+PATCH, SQUARE, RATIO = 8, (4, 4), 0.75  # pixels; rows and columns of tokens; hidden share
 ENCODER, DECODER = TransformerSize(48, 3, 4), TransformerSize(24, 2, 2)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -46,7 +46,7 @@ NAMES = {  # of transformers 5 -> ours
 
 
 def by_our_names(tensors):
-    """Their learned weights, or the gradients of these, by our names and in our layout."""
+    """Their learned weights, or gradients, by our names and in our layout."""
     found = {}
     for name, tensor in tensors.items():
         for theirs, ours in (OLDER_NAMES | NAMES).items():
@@ -63,7 +63,7 @@ def learned(model):
 
 
 def make_theirs(side=SQUARE[0]):
-    """A square model, with its positions and large weights."""
+    """A square model with MAE's positions and large weights."""
     config = vitmae.ViTMAEConfig(
         image_size=PATCH * side,
         patch_size=PATCH,
@@ -76,11 +76,11 @@ def make_theirs(side=SQUARE[0]):
         decoder_num_hidden_layers=DECODER.depth,
         decoder_num_attention_heads=DECODER.num_heads,
         decoder_intermediate_size=4 * DECODER.dim,
-        layer_norm_eps=1e-6,  # theirs defaults to 1e-12
+        layer_norm_eps=1e-6,  # their default is 1e-12
     )
     torch.manual_seed(0)
     model = vitmae.ViTMAEForPreTraining(config).eval()
-    # A model that is not read from a file is left with positions of 0: in transformers 5 both
+    # In a model that is not read from a file positions stay 0: in transformers 5 both
     # tables, in transformers 4 the decoder's.
     model.vit.embeddings.patch_embeddings.projection._is_hf_initialized = False
     model.vit.embeddings.initialize_weights()
@@ -110,16 +110,16 @@ def theirs():
 
 @pytest.fixture
 def ours(theirs):
-    """With their weights, every one of them."""
+    """Our model with all of their weights."""
     model = make_ours(SQUARE)
     model.load_state_dict(by_our_names(learned(theirs)))
     return model
 
 
 def images(grid=SQUARE, batch=3):
-    """-> uint8 as they are stored, and as both models see them
+    """-> images as stored (uint8), and as both models see them
 
-    The last one is plain and nearly the mean colour, so that what is added to variances matters.
+    The last one is plain and nearly the mean colour, so that the term added to variances matters.
     """
     generator = torch.Generator().manual_seed(1)
     size = (batch, 3, 1, PATCH * grid[0], PATCH * grid[1])
@@ -135,7 +135,7 @@ def mask_by(noise, grid=SQUARE):
 
 
 def compare(ours, theirs, grid, kind, **options):
-    """Masks, targets, predictions and losses -> both losses"""
+    """Compare masks, targets, predictions and losses. -> both losses"""
     theirs.config.norm_pix_loss = kind == "joint"
     pixels, clips = images(grid)
     noise = torch.rand(3, grid[0] * grid[1], generator=torch.Generator().manual_seed(2))
@@ -173,7 +173,7 @@ def test_same_mask_predictions_and_loss(theirs, ours, kind):
 
 @pytest.mark.parametrize("kind", ["raw", "joint"])
 def test_same_targets(theirs, kind):
-    """Theirs are what the slope of their loss says: 2 (predicted - target) / (values hidden)."""
+    """Theirs follow from the slope of their loss: 2 (predicted - target) / (hidden values)."""
     theirs.config.norm_pix_loss = kind == "joint"
     pixels, clips = images()
     noise = torch.rand(3, 16)
@@ -190,7 +190,7 @@ def test_same_targets(theirs, kind):
 
 @torch.no_grad()
 def test_same_tokens_of_a_whole_image(theirs, ours):
-    """What the teacher, a probe and features are made of, the class token first."""
+    """The teacher, probes and features use them; the class token comes first."""
     theirs.config.mask_ratio = 0.0
     _, clips = images()
     in_order = torch.linspace(0, 1, 16).expand(3, -1)
@@ -204,10 +204,10 @@ def test_same_tokens_of_a_whole_image(theirs, ours):
 @pytest.mark.parametrize("grid", [(2, 8), (8, 2)])
 @pytest.mark.parametrize("kind", ["raw", "joint"])
 def test_rectangular_images(theirs, monkeypatch, grid, kind):
-    """Theirs resizes its table to a rectangle; here it gets the codes of a larger square's corner.
+    """Theirs would resize its table to a rectangle; here it gets the corner of a larger table.
 
-    MAE's code of a row or a column is that of its index, so the corner of a larger table is the
-    table of a rectangle.
+    MAE's code of a row or column depends only on its index, so that corner is the table of the
+    rectangle.
     """
     rows, columns = grid
     larger, ours = make_theirs(side=8), make_ours(grid)

@@ -1,4 +1,4 @@
-"""Not the rates themselves, which depend on the machine: that they are reported and compared."""
+"""Rates are reported and compared. The rates themselves depend on the machine."""
 
 import importlib
 import json
@@ -40,7 +40,7 @@ TAKEN = 0.05
 
 @pytest.fixture
 def loader(call_tool):
-    """Run ``tools/bench.py loader`` in this process, whose pools have started already."""
+    """Run ``tools/bench.py loader`` in this process."""
     return lambda *arguments: call_tool("bench", "loader", *arguments)
 
 
@@ -51,7 +51,7 @@ def commands(monkeypatch):
 
 
 class Slow(ClipTransform):
-    """A crop that takes its time, by a clock."""
+    """A crop that takes a certain time by a clock."""
 
     def __init__(self, clock):
         self.clock = clock
@@ -86,7 +86,7 @@ def clips_of(folder, transform=CROP, count=1):
 
 
 class Clock:
-    """A millisecond passes between two looks at it, and what is added."""
+    """Each reading adds a millisecond; tests may add more."""
 
     now = 0.0
 
@@ -150,7 +150,7 @@ def write_transport_stream(path, seed):
 
 @pytest.fixture
 def transport_streams(tmp_path) -> Path:
-    """A folder of such videos."""
+    """A folder of videos that decord refuses."""
     folder = tmp_path / "streams"
     folder.mkdir()
     for seed in range(6):
@@ -171,7 +171,7 @@ def test_a_trial_leaves_the_clips_as_they_are_and_knows_of_no_other(transport_st
     refusing, reading = Trial("decord", {8: 100.0}), Trial("pyav")
     trials.read(refusing, 1)
     assert isinstance(refusing.error, TooManyBadFiles)
-    assert refusing.rates == {}, "what another number of processes reached counts no more"
+    assert refusing.rates == {}, "rates of another number of processes no longer count"
     assert {Path(path).parent for path in refusing.refused} == {transport_streams}
     assert stream.reader is reader
     assert stream.bad == {}
@@ -180,7 +180,7 @@ def test_a_trial_leaves_the_clips_as_they_are_and_knows_of_no_other(transport_st
 
 
 @needs_both
-def test_a_decoder_that_refuses_the_files_is_told_and_the_others_go_on(
+def test_a_decoder_that_refuses_the_files_is_reported_and_the_others_go_on(
     config_file, transport_streams, loader
 ):
     arguments = ("--seconds", "0.05", "--workers", "1", "--clips", "3")
@@ -274,7 +274,7 @@ SECONDS = {"reading": 1, "decoding": 6, "augmenting": 3, "copying": 1, "assembli
 def test_the_phase_that_keeps_the_others_waiting_is_named(slow, workers, rate, why):
     line = explain(rate, SECONDS | slow, workers, 200)
     assert line.startswith(f"by the phases {rate:.1f} clips/s, {why}")
-    assert line.endswith(f"measured: {rate:.1f}"), "nothing is to be explained"
+    assert line.endswith(f"measured: {rate:.1f}"), "there is nothing to explain"
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_numbers_that_are_tried_come_out_even(commands, monkeypatch):
     monkeypatch.setattr(commands, "usable_cores", lambda: 48)
     assert commands.workers_to_try(None, 1) == [1, 2, 4, 8, 16, 32, 48]
     assert commands.workers_to_try(None, 8) == [8, 16, 32, 48]
-    assert commands.workers_to_try(None, 64) == [64], "one for each, if there are fewer cores"
+    assert commands.workers_to_try(None, 64) == [64], "fewer cores: one process for each"
     assert commands.workers_to_try([3, 9, 17], 8) == [8, 16]
 
 
@@ -342,7 +342,7 @@ def test_the_fewest_processes_that_are_nearly_as_fast_are_taken():
     assert choose_setting(trials, 0.5) == (trials[0], 16)
 
 
-def test_the_tool_tells_what_several_processes_take(labelled_videos, loader, tmp_path):
+def test_the_tool_reports_what_several_processes_take(labelled_videos, loader, tmp_path):
     config = tmp_path / "finetune.yaml"
     folders = {name: labelled_videos / name for name in ("train", "validation")}
     recipe = "init_weights: null\naugmentation: {{rand_augment: null}}\n"
@@ -355,7 +355,7 @@ def test_the_tool_tells_what_several_processes_take(labelled_videos, loader, tmp
     assert "the update takes 1000000000.0: it would wait for data 100% of the time" in output
 
 
-def test_the_tool_tells_rates_phases_and_what_to_take(config_file, loader, tmp_path):
+def test_the_tool_reports_rates_phases_and_what_to_take(config_file, loader, tmp_path):
     table = tmp_path / "tables" / "rates.json"
     arguments = (
         "--seconds",

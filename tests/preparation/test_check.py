@@ -59,7 +59,7 @@ SIZE = f"{WIDTH}x{HEIGHT}"
 def pictures(
     count: int, seed: int = 0, height: int = HEIGHT, width: int = WIDTH
 ) -> list[np.ndarray]:
-    """A texture that slides: count x (H, W, 3)"""
+    """A moving texture: count x (H, W, 3)"""
     coarse = np.random.default_rng(seed).integers(0, 256, (30, 40, 3))
     big = np.kron(coarse, np.ones((8, 8, 1))).astype(np.uint8)
     return [big[i % 50 :, 2 * (i % 50) :][:height, :width] for i in range(count)]
@@ -120,7 +120,7 @@ def write_broken(folder: Path) -> None:
     turned = (folder / "good.mp4").read_bytes()
     matrix = b"".join(n.to_bytes(4, "big", signed=True) for n in (65536, 0, 0, 0, 65536, 0))
     quarter = b"".join(n.to_bytes(4, "big", signed=True) for n in (0, 65536, 0, -65536, 0, 0))
-    last = turned.rindex(matrix)  # of the track, behind that of the film
+    last = turned.rindex(matrix)  # the track's matrix, after the movie's
     (folder / "turned.mp4").write_bytes(turned[:last] + quarter + turned[last + len(matrix) :])
     with av.open(str(folder / "sound.mp4"), "w") as container:
         sound = container.add_stream("aac", rate=44100)
@@ -147,7 +147,7 @@ def write_pictures(folder: Path) -> None:
 
 
 EXPECTED = {
-    # name: verdict, num_frames, what the reason holds
+    # name: verdict, num_frames, part of the reason
     "good.mp4": ("suspicious", 40, "the manifest said 50 frames, there are 40"),
     "copy.mp4": ("suspicious", 40, "the manifest has the same content as good.mp4 with label 1 in"),
     "one.mp4": ("suspicious", 1, "1 frame, fewer than a clip of 16"),
@@ -221,15 +221,15 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def checked(check, folder):
-    """The rows of the checked manifest, by the names of ``EXPECTED``, and what was told."""
+    """The rows of the checked manifest, by the names in ``EXPECTED``, and the output."""
     import contextlib
     import io
 
-    with contextlib.redirect_stdout(io.StringIO()) as told:
+    with contextlib.redirect_stdout(io.StringIO()) as output:
         assert check(folder / "list.csv") == 3
     with (folder / "list.checked.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return dict(zip(EXPECTED, rows, strict=True)), told.getvalue()
+    return dict(zip(EXPECTED, rows, strict=True)), output.getvalue()
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -287,13 +287,13 @@ def test_only_frames_that_training_can_read_are_counted(checked, folder):
 
 
 def test_the_summary_counts_verdicts_reasons_and_what_is_usable(checked):
-    _, told = checked
+    _, output = checked
     verdicts = [verdict for verdict, _, _ in EXPECTED.values()]
     counts = [f"{verdicts.count(kind)} {kind}" for kind in ("fine", "suspicious", "bad")]
-    assert "\n" + ", ".join(counts) + "\n" in told
-    assert "2 suspicious: the manifest has the same content as good.mp4" in told
-    assert f"  usable: {len(verdicts) - verdicts.count('bad')} files, " in told
-    assert "data.train=" in told
+    assert "\n" + ", ".join(counts) + "\n" in output
+    assert "2 suspicious: the manifest has the same content as good.mp4" in output
+    assert f"  usable: {len(verdicts) - verdicts.count('bad')} files, " in output
+    assert "data.train=" in output
     findings = [
         Finding("bad", ("it took longer than 60 s: x",)),
         Finding("suspicious", ("9 frames, fewer than a clip of 16: y", "260 frames from: z")),
@@ -310,7 +310,7 @@ def test_the_summary_counts_verdicts_reasons_and_what_is_usable(checked):
     assert summary(["/a"], [Finding("bad", ("why",))]).endswith("0 files, 0.00 hours, 0 frames")
 
 
-def test_training_leaves_out_what_is_bad_and_is_told_the_true_counts(checked, folder):
+def test_training_leaves_out_what_is_bad_and_gets_the_true_counts(checked, folder):
     manifest = read_manifest(folder / "list.checked.csv")
     bad = sum(verdict == "bad" for verdict, _, _ in EXPECTED.values())
     assert len(manifest) == len(EXPECTED) - bad
@@ -360,15 +360,15 @@ def test_paths_lead_to_the_files_wherever_the_result_lies(check, folder, tmp_pat
 def test_what_is_refused(check, tmp_path, capsys):
     (tmp_path / "list.csv").write_text("path\na.png\n")
     (tmp_path / "other.csv").write_text("path\nmine.png\n")
-    for options, told in {
+    for options, message in {
         ("--out", tmp_path / "list.csv"): "be another file than the manifest that is read",
         ("--out", tmp_path / "out.txt"): "must end in .csv",
         ("--out", tmp_path / "other.csv"): "no manifest that this program wrote",
         ("--root", tmp_path / "nowhere", "--out", tmp_path / "o.csv"): "",
     }.items():
         code = check(tmp_path / "list.csv", *options)
-        assert code == (2 if told else 3)
-        assert told in capsys.readouterr().err
+        assert code == (2 if message else 3)
+        assert message in capsys.readouterr().err
     assert (tmp_path / "other.csv").read_text() == "path\nmine.png\n"
     assert not [*tmp_path.glob("*.partial")]
     (tmp_path / "list.csv").write_text("path\n../../etc/passwd\n")
@@ -459,18 +459,18 @@ def test_a_file_that_hangs_crashes_or_eats_memory_is_bad_and_the_rest_is_checked
     pool_clock.run_while_one_hangs(tmp_path)
     found = findings_of(work_of_a_check.Looking(), files, tmp_path, Limits(2.0, GIB // 4))
     assert set(found) == set(names)
-    told = {name: finding.reasons for name, finding in found.items() if finding.verdict == "bad"}
-    assert told == {
+    bad = {name: finding.reasons for name, finding in found.items() if finding.verdict == "bad"}
+    assert bad == {
         "hang": (f"it took longer than 2 s: {MORE}",),
         "abort": (f"the process that decoded it ended by SIGABRT: {MORE}",),
         "eat": (f"it needs more memory than a process that decodes may have: {MORE}",),
     }
-    stamps = {name: stamp_of(str(tmp_path / f"{name}.mp4")) for name in told}
-    assert {name: (found[name].bytes, found[name].modified) for name in told} == stamps
+    stamps = {name: stamp_of(str(tmp_path / f"{name}.mp4")) for name in bad}
+    assert {name: (found[name].bytes, found[name].modified) for name in bad} == stamps
 
 
 def test_a_long_file_that_gets_on_is_fine(work_folder, tmp_path, pool_clock, monkeypatch):
-    """Half a second from one beat to the next, more than a second in all."""
+    """It takes half a second between beats, and more than a second in all."""
     import work_of_a_check
 
     def next_beat(pool, original=Pool.next):
@@ -511,7 +511,7 @@ def test_frames_are_beats(folder, monkeypatch, name):
 
 
 def test_nothing_but_known_containers_is_opened(tmp_path):
-    """By none of the two that open videos with PyAV: FFmpeg knows some that name other files."""
+    """Neither by the check nor by training: FFmpeg knows containers that name other files."""
     path = str(encode(tmp_path / "raw.h264", pictures(20)))
     for opened in (
         lambda: VideoStream(path),
@@ -522,7 +522,7 @@ def test_nothing_but_known_containers_is_opened(tmp_path):
 
 
 def test_only_what_the_same_decoder_found_is_taken_over(check, tool, folder, tmp_path, capsys):
-    """Of images too what was found with another: it plays no part in reading them."""
+    """Findings on images from another decoder are taken over too: it does not read them."""
     (tmp_path / "a.mp4").write_bytes((folder / "front.mp4").read_bytes())
     (tmp_path / "b.png").write_bytes((folder / "whole.png").read_bytes())
     (tmp_path / "list.csv").write_text("path\na.mp4\nb.png\n")
@@ -564,8 +564,8 @@ def test_one_odd_name_in_a_folder_does_not_stop_a_check(check, folder, tmp_path,
 
 @pytest.fixture
 def waiting_check(work_folder, start_program, tmp_path):
-    """Start a check of 12 files, each of which is looked at as soon as a file ``.open`` lies
-    beside it, in a session of its own."""
+    """Start a check of 12 files in its own session. It waits with each file until a file with
+    the suffix ``.open`` lies beside it."""
     for i in range(12):
         (tmp_path / f"waits {i}.mp4").write_text(str(i))
     names = "".join(f"waits {i}.mp4\n" for i in range(12))
@@ -580,7 +580,7 @@ def waiting_check(work_folder, start_program, tmp_path):
 
 
 def wait_for_lines(path: Path, count: int) -> None:
-    while not path.exists() or path.read_text().count("}\n") < count:  # whole lines
+    while not path.exists() or path.read_text().count("}\n") < count:  # complete lines
         time.sleep(0.02)
 
 
@@ -592,7 +592,7 @@ def wait_until_nobody_is_left(group: int) -> None:
 
 
 def stop(process, number: int, journal: Path, after: int) -> str:
-    """Let so many files be looked at, and send a signal when they are noted. -> what was told"""
+    """Let ``after`` files be checked, then send a signal. -> the output"""
     for i in range(after):
         (journal.parent / f"waits {i}.open").touch()
     wait_for_lines(journal, after)
@@ -689,10 +689,10 @@ def test_findings_survive_a_journal_and_a_manifest(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("gaps", "tick", "told"),
+    ("gaps", "tick", "doubted"),
     [
         ([40] * 30, 0.001, False),
-        ([16, 17, 17] * 10, 0.001, False),  # 60 a second in milliseconds
+        ([16, 17, 17] * 10, 0.001, False),  # 60 per second, in milliseconds
         ([40] * 29 + [400], 0.001, False),
         ([40] * 25 + [80] * 5, 0.001, True),
         ([33, 40, 40] * 10, 0.00001, True),
@@ -700,8 +700,8 @@ def test_findings_survive_a_journal_and_a_manifest(tmp_path):
         ([40], 0.001, False),
     ],
 )
-def test_a_varying_frame_rate(gaps, tick, told):
-    assert bool(list(doubts_of_gaps(np.array(gaps) / 1000, tick))) == told
+def test_a_varying_frame_rate(gaps, tick, doubted):
+    assert bool(list(doubts_of_gaps(np.array(gaps) / 1000, tick))) == doubted
     assert [len(list(doubts_of_length(count))) for count in (1, 15, 16)] == [1, 1, 0]
 
 
@@ -769,7 +769,7 @@ def test_a_run_over_a_checked_manifest_leaves_out_the_bad(check, videos, pretrai
     assert {finding.num_frames for finding in read_findings(checked).values()} == {12}
 
 
-def test_where_there_is_no_terminal_a_line_is_told_now_and_then(monkeypatch, caplog):
+def test_without_a_terminal_a_line_is_logged_now_and_then(monkeypatch, caplog):
     monkeypatch.setattr(progress_bar, "SECONDS_BETWEEN_LINES", 0.0)
     with caplog.at_level("INFO"), closing(ProgressBar(4, "files")) as bar:
         bar.advance(note="0 bad")

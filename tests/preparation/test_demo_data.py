@@ -1,4 +1,4 @@
-"""The demo's clips, cut by the real functions out of footage that these tests make."""
+"""The demo's clips, which the real functions cut out of footage made by these tests."""
 
 import hashlib
 import importlib.util
@@ -30,12 +30,12 @@ HEIGHT, WIDTH = 160, 240
 
 @pytest.fixture(scope="module")
 def demo() -> Iterator[ModuleType]:
-    """The recipe, which is run by path and not a module of the package."""
+    """The recipe, which is loaded by its path since it is no module of the package."""
     spec = importlib.util.spec_from_file_location("demo_prepare", RECIPE)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
@@ -51,7 +51,7 @@ def texture(seed: int, height: int = HEIGHT, width: int = WIDTH) -> NDArray[np.u
 
 @pytest.fixture(scope="module")
 def made(demo: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small set of clips, of footage that does not move."""
+    """A small set of clips from still footage."""
     return make(demo, tmp_path_factory.mktemp("demo"))
 
 
@@ -132,7 +132,7 @@ def shift(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float]
 
 
 def warped(frame: NDArray[np.float64], scale: float, degrees: float) -> NDArray[np.float64]:
-    """What a window ``scale`` times as large and turned clockwise would show of a frame."""
+    """The part of a frame in a window ``scale`` times as large that is turned clockwise."""
     angle = np.deg2rad(degrees)
     matrix = scale * np.array(
         [[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0]]

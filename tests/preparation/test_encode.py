@@ -1,4 +1,4 @@
-"""What x264 is told, read back from what it logs, and whether it writes the same bytes again."""
+"""The settings of x264, read from its log, and whether it writes the same bytes again."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +21,7 @@ def log_level() -> Iterator[None]:
 
 
 def moving(num_frames: int) -> list[NDArray[np.uint8]]:
-    """A picture with detail that moves by a pixel each frame: (96, 96, 3) each"""
+    """A detailed picture that moves by a pixel per frame: (96, 96, 3) each"""
     noise = np.random.default_rng(0).integers(0, 256, (18, 18, 3), dtype=np.uint8)
     picture = noise.repeat(6, axis=0).repeat(6, axis=1)
     return [np.roll(picture, shift, axis=1)[:96, :96] for shift in range(num_frames)]
@@ -32,9 +32,9 @@ def moving(num_frames: int) -> list[NDArray[np.uint8]]:
 def test_x264_runs_the_code_that_was_chosen(tmp_path: Path, quick: bool) -> None:
     with av.logging.Capture() as log:
         write_video(tmp_path / "a.mp4", moving(1), quick=quick)
-    told = [message for _, _, message in log]
-    assert not [message for message in told if "Error parsing" in message]
-    (line,) = [message for message in told if "cpu capabilities" in message]
+    messages = [message for _, _, message in log]
+    assert not [message for message in messages if "Error parsing" in message]
+    (line,) = [message for message in messages if "cpu capabilities" in message]
     sets = line.partition(": ")[2].split()
     assert sets != ["none!"]
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
@@ -44,7 +44,7 @@ def test_x264_runs_the_code_that_was_chosen(tmp_path: Path, quick: bool) -> None
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_the_same_frames_give_the_same_bytes(tmp_path: Path, quick: bool) -> None:
-    """With AVX-512 code one of 8 to 20 files was another one."""
+    """With AVX-512 code one of 8 to 20 files differed."""
     frames = moving(60)
     for number in range(40):
         write_video(tmp_path / f"{number}.mp4", frames, quick=quick)

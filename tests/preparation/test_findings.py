@@ -1,4 +1,4 @@
-"""When two files have the same content: only where all of their bytes are the same."""
+"""Two files have the same content only if all of their bytes are the same."""
 
 import tarfile
 
@@ -20,7 +20,7 @@ def content_of(place: str) -> str:
 
 @pytest.fixture
 def files(tmp_path) -> dict[str, str]:
-    """Places by name: a file, a copy, one with zeros in the middle, and the same in a tar."""
+    """Locations by name: a file, a copy, one with zeros in the middle, and the file in a tar."""
     for name, data in {"whole": LONG, "copy": LONG, "hollow": HOLLOW}.items():
         (tmp_path / f"{name}.mp4").write_bytes(data)
     places = {name: f"{tmp_path}/{name}.mp4" for name in ("whole", "copy", "hollow")}
@@ -34,7 +34,7 @@ def files(tmp_path) -> dict[str, str]:
     return places
 
 
-def test_only_rows_of_the_same_content_are_said_to_have_it(files):
+def test_only_rows_of_the_same_content_are_reported_so(files):
     names = ["hollow", "whole", "copy", "packed hollow.mp4", "whole", "packed whole.mp4"]
     table = pd.DataFrame({"path": names, "label": list("001011")}, dtype=str)
     places = tuple(files[name] for name in names)

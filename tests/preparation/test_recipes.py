@@ -1,7 +1,7 @@
-"""The recipes of the data sets, on small trees of exactly the layouts that people download.
+"""The recipes of the data sets, on small trees with exactly the layouts of the downloads.
 
-The scripts open no video or image, so those here are empty files; but for CIFAR-10, whose archives
-they turn into images.
+The scripts open no video or image, so that empty files suffice here, except for CIFAR-10, whose
+archives they turn into images.
 """
 
 import hashlib
@@ -41,20 +41,20 @@ Run = Callable[..., Outcome]
 
 
 def load(name: str) -> ModuleType:
-    """A script, which is run by path and not a module of the package."""
+    """Load a script by its path, since it is no module of the package."""
     path = ROOT / "datasets" / name / "prepare.py"
     spec = importlib.util.spec_from_file_location(f"{name}_prepare", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> Run:
-    """The command line of a script, within this process; paths start from ``tmp_path``."""
+    """Run the command line of a script in this process; paths are relative to ``tmp_path``."""
     monkeypatch.chdir(tmp_path)
 
     def start(name: str, *arguments: str, output: str = "out") -> Outcome:
@@ -83,7 +83,7 @@ def text(name: str, content: str) -> str:
 
 
 def listed(manifest: str) -> dict[str, int]:
-    """File -> label, files from here on where they lie here."""
+    """{file: label}, with relative paths for files in the working directory."""
     read = read_manifest(manifest)
     here = Path.cwd()
     return {
@@ -93,7 +93,7 @@ def listed(manifest: str) -> dict[str, int]:
 
 
 def refused(outcome: Outcome, *parts: str) -> None:
-    """One clear error, and nothing written."""
+    """Check that there was one clear error, and no output."""
     assert outcome.code == 2
     assert outcome.out == ""
     assert outcome.err.startswith("error: ")
@@ -104,7 +104,7 @@ def refused(outcome: Outcome, *parts: str) -> None:
 
 
 def test_as_a_user_starts_them() -> None:
-    """In a process of its own, from the root, without loading torch."""
+    """They run in a process of their own, from the root, without loading torch."""
     place = Path("import")
     place.mkdir()
     (place / "hpm_video").symlink_to(ROOT / "hpm_video")
@@ -157,7 +157,7 @@ def test_as_a_user_starts_them() -> None:
 
 
 def kinetics_arguments() -> list[str]:
-    """Class folders, one with underscores, whose order differs from the order in the CSV."""
+    """Class folders, one with underscores, in another order than in the CSV."""
     touch(
         "k/train/zumba/zzzzzzzzzz1_000010_000020.mp4",
         "k/train/abseiling/-aaaaaaaaa1_000003_000013.mkv",
@@ -238,8 +238,8 @@ def test_kinetics_flat_as_mirrored_with_missing_ones(run: Run) -> None:
     ids = [f"abcdefghij{i}" for i in range(9)]
     touch(
         f"k400/train/{ids[0]}_000010_000020.mp4",
-        f"k400/train/{ids[1]}.mp4",  # the id alone, one clip of it
-        f"k400/train/{ids[2]}.mp4",  # the id alone, two clips of it
+        f"k400/train/{ids[1]}.mp4",  # only the id, of which there is one clip
+        f"k400/train/{ids[2]}.mp4",  # only the id, of which there are two clips
         "k400/train/unknown-one_000000_000010.mp4",
     )
     rows = [f"juggling,{ids[0]},10,20,train,0", f"juggling,{ids[1]},5.0,15.0,train,0"]
@@ -263,16 +263,16 @@ def test_kinetics_flat_as_mirrored_with_missing_ones(run: Run) -> None:
         touch(f"k400/train/{one.split('/')[1]}.mp4")
     assert run("kinetics400", *arguments, "--strict").code == 0
     assert len(read_manifest("out/train.csv")) == 10
-    assert not Path("out/missing_train.txt").exists()  # it would be of the run before
+    assert not Path("out/missing_train.txt").exists()  # it would be from the run before
 
 
 def test_kinetics_test_list_without_labels_and_ids_of_two_splits(run: Run) -> None:
-    # The folder of all videos makes no class of them, whatever its name.
+    # The folder of all videos is no class, whatever its name.
     touch("zumba/aaaaaaaaaaa_000000_000010.mp4", "zumba/bbbbbbbbbbb.mp4", "zumba/ccccccccccc.mp4")
     train = "dodgeball,aaaaaaaaaaa,0,10,train,0\nzumba,bbbbbbbbbbb,0,10,train,0\n"
     text("lists/train.csv", HEADER + train)
-    touch("zumba/aaaaaaaaaaa.mp4")  # there is a better name
-    # The id of a training clip: zumba/bbbbbbbbbbb.mp4 could be either.
+    touch("zumba/aaaaaaaaaaa.mp4")  # another file matches better
+    # This is also the id of a training clip: zumba/bbbbbbbbbbb.mp4 could be either.
     text(
         "lists/test.csv",
         "youtube_id,time_start,time_end,split\nccccccccccc,3,13,test\nbbbbbbbbbbb,90,99,test\n",
@@ -365,7 +365,7 @@ def test_kinetics_thumbnails_beside_the_videos_are_left_out(run: Run) -> None:
         assert listed("out/train.csv") == {file: before[file] for file in kept}
 
 
-def test_kinetics_what_lies_there_is_not_spoiled(run: Run) -> None:
+def test_kinetics_existing_files_are_not_spoiled(run: Run) -> None:
     touch("a/run/1.mp4", "a/walk/2.mp4", "b/jump/3.mp4", "b/run/4.mp4")
     text("a/train.csv", HEADER + "run,1,0,10,train,0\nwalk,2,0,10,train,0\n")
     jump = HEADER + "jump,3,0,10,train,0\n"
@@ -436,7 +436,7 @@ def ssv2_arguments(prefix: str = "") -> list[str]:
 def test_ssv2_as_downloaded(run: Run, prefix: str) -> None:
     arguments = ssv2_arguments(prefix)
     Path("20bn-something-something-v2/42.webm").unlink()
-    touch("20bn-something-something-v2/999.webm")  # in no list
+    touch("20bn-something-something-v2/999.webm")  # not in any list
     outcome = run("ssv2", *arguments)
     assert outcome.code == 0, outcome.err
     folder = "20bn-something-something-v2"
@@ -509,7 +509,7 @@ def test_ssv2_nothing_found(run: Run) -> None:
 
 
 def ucf_arguments() -> list[str]:
-    """Three groups of two classes, each group the test of one split."""
+    """Three groups of two classes; each group is the test set of one split."""
     classes = {"ApplyEyeMakeup": "ApplyEyeMakeup", "HandstandPushups": "HandStandPushups"}
     text("lists/classInd.txt", "1 ApplyEyeMakeup\r\n2 HandstandPushups\r\n")
     names = {
@@ -550,7 +550,7 @@ def test_ucf_three_splits(run: Run) -> None:
     )
 
 
-def test_ucf_case_is_of_no_account_and_what_is_missing_is_named(run: Run) -> None:
+def test_ucf_case_does_not_matter_and_what_is_missing_is_named(run: Run) -> None:
     arguments = ucf_arguments()
     Path("UCF-101/HandstandPushups").rename("UCF-101/HandStandPushups")
     folder = Path("UCF-101/HandStandPushups")
@@ -619,7 +619,7 @@ HMDB_NAMES = {
 
 
 def hmdb_arguments() -> list[str]:
-    """Three videos of a class change places from split to split, and one is never used."""
+    """In each split three videos of a class swap roles; one video is never used."""
     for name, videos in HMDB_NAMES.items():
         videos = [*videos, "never used_0.avi"]
         touch(*(f"hmdb51_org/{name}/{video}" for video in videos))
@@ -647,9 +647,9 @@ def test_hmdb_other_spellings_and_missing_videos(run: Run) -> None:
     arguments = hmdb_arguments()
     Path("hmdb51_org/brush_hair").rename("away")
     Path("hmdb51_org/Brush Hair").mkdir()
-    Path("away").rename("hmdb51_org/Brush Hair/brush hair")  # unrar into a folder of the class
+    Path("away").rename("hmdb51_org/Brush Hair/brush hair")  # extracted into a folder of the class
     Path("hmdb51_org/swing_baseball/Who's!_that;_np1_0.avi").unlink()
-    touch("hmdb51_org/swing_baseball/b_0.avi")  # listed, but for the other class
+    touch("hmdb51_org/swing_baseball/b_0.avi")  # listed, but under the other class
     outcome = run("hmdb51", *arguments)
     assert outcome.code == 0, outcome.err
     folder = "hmdb51_org/Brush Hair/brush hair"
@@ -698,7 +698,7 @@ FLAT = {f"in/val/{name}.JPEG": label for name, label in VALIDATION.items()}
 
 
 def imagenet_arguments() -> list[str]:
-    """Class folders."""
+    """Images in class folders."""
     touch(*(f"in/train/{wnid}/{wnid}_{i}.JPEG" for wnid in WNIDS for i in (7, 10026)))
     touch(*(f"in/val/{WNIDS[label]}/{name}.JPEG" for name, label in VALIDATION.items()))
     return ["--train", "in/train", "--validation", "in/val"]
@@ -814,14 +814,14 @@ def test_imagenet_videos_in_the_place_of_images(run: Run) -> None:
 
 
 def test_imagenet_names_that_repeat_between_classes(run: Run) -> None:
-    """As in ImageNet-Sketch."""
+    """Names repeat like this in ImageNet-Sketch."""
     files = [f"in/{wnid}/sketch_{i}.JPEG" for wnid in WNIDS for i in (0, 1)]
     touch(*files, f"in/{WNIDS[0]}/sketch_0.png")
     outcome = run("imagenet1k", "--train", "in")
     assert outcome.code == 0, outcome.err
     expected = {file: WNIDS.index(Path(file).parent.name) for file in files}
     assert listed("out/train.csv") == expected | {f"in/{WNIDS[0]}/sketch_0.png": 0}
-    rows = text("list.txt", f"{WNIDS[0]}/sketch_0.JPEG {WNIDS[0]}\n")  # there the name counts
+    rows = text("list.txt", f"{WNIDS[0]}/sketch_0.JPEG {WNIDS[0]}\n")  # here the name decides
     twice = run("imagenet1k", "--train", "in", "--validation", "in", "--validation-labels", rows)
     assert twice.code == 2
     assert "there are 4 files for sketch_0.JPEG" in twice.err
@@ -847,7 +847,7 @@ BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 
 
 def cifar_batch(name: str) -> tuple[np.ndarray, list[int]]:
-    """(N, 3072) and the labels of two or three images."""
+    """Pixels (N, 3072) and labels of two or three images."""
     seed = BATCHES.index(name)
     count = 2 + seed % 2
     pixels = np.random.default_rng(seed).integers(0, 256, (count, 3072), np.uint8)
@@ -855,7 +855,7 @@ def cifar_batch(name: str) -> tuple[np.ndarray, list[int]]:
 
 
 def pickled_by_python_2(pixels: np.ndarray, labels: list[int]) -> bytes:
-    """As cPickle wrote the published files: an array, and text that is bytes."""
+    """Pickle as cPickle wrote the published files: an array, and text as bytes."""
 
     def string(value: bytes) -> bytes:
         return b"U" + bytes([len(value)]) + value
@@ -876,7 +876,7 @@ def cifar_files() -> dict[str, bytes]:
 
 @pytest.fixture
 def published(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let these files be those that are published."""
+    """Make these files count as the published ones."""
     sums = {name: hashlib.md5(data).hexdigest() for name, data in cifar_files().items()}
     meta = CIFAR10.meta | {"md5": sums["batches.meta"]}
     monkeypatch.setattr(CIFAR10, "train_list", [[name, sums[name]] for name in BATCHES[:5]])
@@ -977,7 +977,7 @@ def test_cifar_pickles_that_are_not_published_are_refused(
     assert not Path("harmed").exists()
 
 
-def test_cifar_what_is_none_of_it(run: Run) -> None:
+def test_cifar_other_files_are_refused(run: Run) -> None:
     data = Path(cifar_archive(cifar_files())).read_bytes()
     Path("cut.tar.gz").write_bytes(data[: len(data) // 2])
     text("a.zip", "no archive")

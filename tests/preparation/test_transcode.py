@@ -60,7 +60,7 @@ RECIPE = Recipe(
 
 
 def painted(number: int, height: int = 64, width: int = 96) -> np.ndarray:
-    """Smooth colours, and in the upper third the number as black and white fields."""
+    """Smooth colours, and the number as black and white fields in the upper third."""
     y, x = np.mgrid[:height, :width]
     waves = (np.sin((x + 3 * number) / 17), np.sin((y + x) / 23), np.cos((y - 2 * number) / 19))
     frame = (128 + 60 * np.stack(waves, axis=-1)).astype(np.uint8)
@@ -71,7 +71,7 @@ def painted(number: int, height: int = 64, width: int = 96) -> np.ndarray:
 
 
 def numbers_of(frames: np.ndarray) -> list[int]:
-    """(K, H, W, 3) -> the number painted into each frame"""
+    """(K, H, W, 3) -> the number in each frame"""
     _, height, width, _ = frames.shape
     middles = [(2 * bit + 1) * width // (2 * BITS) for bit in range(BITS)]
     row = frames[:, height // 6, middles].mean(axis=-1) > 127
@@ -81,7 +81,7 @@ def numbers_of(frames: np.ndarray) -> list[int]:
 def write_source(
     path, frames=20, size=(64, 96), *, codec="libx264", times=None, audio=False, clock=1000
 ):
-    """``times`` are milliseconds; without them 25 frames a second. Key frames are far apart."""
+    """``times`` are in milliseconds, by default 25 per second. Key frames are far apart."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         video = container.add_stream(codec, rate=25)
@@ -105,7 +105,7 @@ def write_source(
 
 
 def turn(path: Path) -> None:
-    """Note in an MP4 file that the camera was held turned by a quarter."""
+    """Mark an MP4 file as recorded with a camera turned by 90 degrees."""
     data = bytearray(path.read_bytes())
     header = data.index(b"tkhd")
     upright = b"".join(n.to_bytes(4, "big") for n in (65536, 0, 0, 0, 65536, 0, 0, 0, 2**30))
@@ -135,7 +135,7 @@ def start(tool):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A manifest of videos of several kinds, one of them in two rows, one of them bad."""
+    """A manifest of several kinds of videos; one has two rows, one is bad."""
     folder = tmp_path_factory.mktemp("source")
     write_source(folder / "a" / "plain.one.mp4", audio=True)
     write_source(folder / "a" / "turned.mp4")
@@ -169,7 +169,7 @@ def failed_in(output):
 
 
 def contents(folder):
-    """Digests of everything in a folder but notes of times."""
+    """Digests of everything in a folder except notes of times."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -193,7 +193,7 @@ def outputs(tool, source, tmp_path_factory):
     return folder
 
 
-# --- What is written ----------------------------------------------------------------------------
+# --- Outputs ----------------------------------------------------------------------------
 
 FILES = {
     "plain.one": ("a/plain.one", 20, (40, 60), 25.0),
@@ -300,7 +300,7 @@ def test_shards_have_the_layout_of_webdataset(outputs):
 
 
 def test_colours_keep_their_meaning(tmp_path):
-    """Of full range, of another matrix and of none: red stays red."""
+    """Full range, another matrix or none: red stays red."""
     red = np.zeros((32, 48, 3), np.uint8)
     red[:] = 220, 40, 60
     for name, form, matrix, value_range in [
@@ -341,7 +341,7 @@ def test_images_stay_images(start, tmp_path):
 
 
 def test_outputs_are_inputs_again(start, outputs, tmp_path):
-    """Folders of frames, and members of tars."""
+    """This holds for folders of frames and members of tars."""
     for form in ("frames", "shards"):
         start(outputs / form / "manifest.csv", tmp_path / form, "--to", "files")
         before, after = rows_of(outputs / form), rows_of(tmp_path / form)
@@ -365,8 +365,8 @@ def stream_of(times):
         ([0, 1, 2, 3], 1, 1, [0, 1, 2, 3]),
         ([0, 1, 2, 3], 1, 2, [0, 0, 1, 1, 2, 2, 3, 3]),
         ([0, 1, 2, 3], 1, Fraction(1, 2), [0, 2]),
-        ([5, 6, 7, 8], 1, 1, [0, 1, 2, 3]),  # it begins later
-        ([0, 1, 5, 6], Fraction(1, 2), 1, [0, 1, 1, 1, 1, 2, 3, 3]),  # a still in the middle
+        ([5, 6, 7, 8], 1, 1, [0, 1, 2, 3]),  # it starts later
+        ([0, 1, 5, 6], Fraction(1, 2), 1, [0, 1, 1, 1, 1, 2, 3, 3]),  # a still part in the middle
         ([0, Fraction("0.1"), Fraction("0.2"), 1], 3, 1, [0, 3]),
         ([0, Fraction("0.033"), Fraction("0.067"), Fraction("0.1")], 30, 30, [0, 1, 2, 3]),  # ms
         ([0], 25, 10, [0]),
@@ -449,7 +449,7 @@ class WholeFrame(ClipTransform):
 
 
 def test_stream_and_reader_agree(tmp_path):
-    """Frame i of a stream is frame i of the reader that training uses."""
+    """Frame i of a stream is frame i of the reader used in training."""
     path = write_source(tmp_path / "a.avi", codec="mpeg4", clock=25)
     stream = VideoStream(str(path))
     list(stream.survey())
@@ -680,7 +680,7 @@ def test_what_is_repaired_is_added(start, source, tmp_path):
 
 
 def later(path):
-    """As if it had been written a minute later."""
+    """Let a file look as if it was written a minute later."""
     moment = path.stat().st_mtime_ns + 60 * 10**9
     os.utime(path, ns=(moment, moment))
 
@@ -702,7 +702,7 @@ def test_outputs_of_sources_that_changed_are_made_again(start, tmp_path, capsys,
     after = {row["label"]: read_all(place) for row, place in labelled(output)}
     assert numbers_of(after["0"]) == list(range(9))
     assert (after["1"] == before["1"]).all()
-    (tmp_path / "b.mp4").unlink()  # what is made of it stays
+    (tmp_path / "b.mp4").unlink()  # its outputs stay
     written = contents(output)
     start(tmp_path / "list.csv", output, *options)
     assert "0 of them new" in capsys.readouterr().out
@@ -720,7 +720,7 @@ def test_shards_of_which_something_changed_are_refused(start, tmp_path, capsys, 
     (tmp_path / "list.csv").write_text(again)
     start(*arguments, code=2)
     assert f"or with another label, such as {source}. " in capsys.readouterr().err
-    # As that message says.
+    # This is what the message advises.
     manifest = output / "manifest.csv"
     (output / "new.csv").write_text(manifest.read_text().replace(",0,,20", ",7,,20"))
     start(output / "new.csv", tmp_path / "new", "--to", "shards", "--copy")
@@ -735,7 +735,7 @@ def test_shards_of_which_something_changed_are_refused(start, tmp_path, capsys, 
     later(source)
     start(*arguments, code=2)
     assert "hold 1 file of another time" in capsys.readouterr().err
-    source.unlink()  # what is made of it stays
+    source.unlink()  # its outputs stay
     start(*arguments)
     assert "0 of them new" in capsys.readouterr().out
     assert contents(output) == written
@@ -789,9 +789,9 @@ def test_lost_outputs_are_made_again(start, source, tmp_path):
 
 @pytest.mark.parametrize("form", ["files", "frames", "shards"])
 def test_going_on_needs_no_encoder_that_gives_the_same_bytes(start, tmp_path, capsys, form):
-    """Outputs that a kill left unnoted, or that were lost, are made again as other bytes."""
+    """Outputs that were lost, or not noted because of a kill, are made again, with other bytes."""
     now = replace(RECIPE, form=form, quality=90)
-    before = replace(now, crf=40, quality=20)  # stands for another version of the encoders
+    before = replace(now, crf=40, quality=20)  # in place of another version of the encoders
     write_source(tmp_path / "a.mp4")
     write_source(tmp_path / "b.mp4", frames=9)
     (tmp_path / "list.csv").write_text("path\na.mp4\nb.mp4\n")
@@ -801,7 +801,7 @@ def test_going_on_needs_no_encoder_that_gives_the_same_bytes(start, tmp_path, ca
         folder.claim()
         jobs = [folder.job(place) for place in folder.missing()]
         old = [last_of(job, before) for job in jobs]
-        folder.note(jobs[0].place, old[0])  # and the second one is there without a note
+        folder.note(jobs[0].place, old[0])  # and the second one exists without a note
         lost = folder.unpacked() if form == "shards" else {}
         for name, places in lost.items():  # nor is there a note of the first one's shard
             folder._write_shard(folder.path / name, places)
@@ -823,9 +823,9 @@ def test_other_settings_are_refused_by_name(tool, source, tmp_path, capsys):
     before = contents(output)
     capsys.readouterr()
     assert tool.main([*small[:-4], "--short-side", "20", "--crf", "30", "--workers", "1"]) == 2
-    told = capsys.readouterr().err
-    assert "  short_side: 40 -> 20" in told
-    assert "  crf: 20 -> 30" in told
+    message = capsys.readouterr().err
+    assert "  short_side: 40 -> 20" in message
+    assert "  crf: 20 -> 30" in message
     assert contents(output) == before
 
 
@@ -861,11 +861,11 @@ class Waiting(Transcoder):
 
 class Hostile(Transcoder):
     def __call__(self, job):
-        name = os.path.basename(job.place)  # the folder is named by the test
+        name = os.path.basename(job.place)  # the test chooses the folder's name
         if "hangs" in name:
             open(job.temporary, "wb").write(b"half a file")
             Path(job.place).with_name(f"{os.getpid()}.hangs").touch()
-            ctypes.PyDLL(None).sleep(10**6)  # it holds the lock of the interpreter
+            ctypes.PyDLL(None).sleep(10**6)  # with the interpreter's lock
         if "crashes" in name:
             os.abort()
         if "eats" in name:
@@ -918,8 +918,8 @@ sys.exit(transcode.main(sys.argv[1:]))
 
 @pytest.fixture
 def launch(start_program, tmp_path):
-    """Each file, but those that are tried out, waits for one with the suffix ``.open``."""
-    place = tmp_path / "import"  # the package, and not the folder `datasets`
+    """Each file waits for one with the suffix ``.open``, except in trial encodings."""
+    place = tmp_path / "import"  # holds the package, but not the folder `datasets`
     place.mkdir()
     (place / "hpm_video").symlink_to(ROOT / "hpm_video")
     (place / "waiting_work.py").write_text(HOSTILE)
@@ -942,7 +942,7 @@ def journal_lines(output):
 
 
 def processes_of(group):
-    """Those that still run of a session."""
+    """The processes of a session that still run."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
@@ -956,7 +956,7 @@ def processes_of(group):
 
 
 def test_a_stopped_run_goes_on_and_ends_alike(launch, tool, tmp_path, capsys):
-    """By Ctrl-C, then by kill -9, and by nothing."""
+    """The first run is stopped by Ctrl-C, the second by kill -9; the third ends."""
     names = [f"{i}.mp4" for i in range(12)]
     for i, name in enumerate(names):
         write_source(tmp_path / name, frames=40 + i, size=(180, 240))
@@ -969,8 +969,8 @@ def test_a_stopped_run_goes_on_and_ends_alike(launch, tool, tmp_path, capsys):
         process = launch(tmp_path / "list.csv", output, *settings)
         wait_for(lambda expected=done: journal_lines(output) >= expected)
         os.kill(process.pid, number)
-        told, _ = process.communicate()
-        assert process.returncode == code, told
+        message, _ = process.communicate()
+        assert process.returncode == code, message
         wait_for(lambda group=process.pid: not processes_of(group))
         assert journal_lines(output) == done
     arguments = [str(tmp_path / "list.csv"), "--workers", "1", *settings]
@@ -1027,7 +1027,7 @@ def test_an_output_that_is_not_what_it_should_be_is_no_row(tmp_path, monkeypatch
     assert not (tmp_path / "out.mp4").exists()
 
 
-def test_a_file_that_is_cut_off_is_told(tmp_path):
+def test_a_file_that_is_cut_off_is_reported(tmp_path):
     path = write_source(tmp_path / "a.mp4", frames=60)
     write_video(path, [painted(i) for i in range(60)], quick=True)
     data = path.read_bytes()
@@ -1045,7 +1045,7 @@ def test_long_work_says_how_far_it_is(tmp_path, monkeypatch):
     path = write_source(tmp_path / "a.mp4")
     steps = [*Transcoder(RECIPE)(Job(str(path), f"{tmp_path}/b.mp4", f"{tmp_path}/out.mp4"))]
     assert set(steps[:-1]) == {None}
-    assert len(steps) > 40  # surveyed, encoded, and surveyed again
+    assert len(steps) > 40  # scanned, encoded, and scanned again
 
 
 def test_write_video_takes_a_fraction_and_puts_the_index_in_front(tmp_path):

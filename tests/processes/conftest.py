@@ -1,4 +1,4 @@
-"""Small runs of two processes over gloo and their references of one, in as few starts as can be."""
+"""Small runs of two processes over gloo, and runs of one process to compare them with."""
 
 from pathlib import Path
 
@@ -34,14 +34,8 @@ CONFIGS = {
     + PRETRAINING,
     "classes": CLASSIFIER
     + """
-recipe:
-  epochs: 4
-  batch_size: 4
-  base_lr: 0.1
-  warmup_epochs: 1
-  layer_decay: 0.9
-  clip_grad: 1.0
-  average_momentum: 0.8
+recipe: {{epochs: 4, batch_size: 4, base_lr: 0.1, warmup_epochs: 1, layer_decay: 0.9,
+  clip_grad: 1.0, average_momentum: 0.8}}
 augmentation: {{area: [0.5, 1.0], rand_augment: rand-m3-n1, mixup: 0.0, cutmix: 0.0}}
 test: {{weights: average}}
 """,
@@ -50,8 +44,8 @@ test: {{weights: average}}
 
 @pytest.fixture(scope="session")
 def small_data(make_once) -> Path:
-    """Folders ``videos``, ``images`` and ``labelled`` with ``train`` (14, 14, 9) and ``validation``
-    (4, 4, 6)."""
+    """``videos`` and ``images``: folders ``train`` with 14 files and ``validation`` with 4.
+    ``labelled``: with 9 and 6."""
 
     def fill(folder: Path) -> None:
         write_all(folder / "videos", noisy_clip, "{:03d}")
@@ -66,9 +60,8 @@ def small_data(make_once) -> Path:
 
 @pytest.fixture(scope="session")
 def small_configs(small_data, tmp_path_factory) -> dict[str, Path]:
-    """Of each kind of run its config: 7 updates of 4 videos or images, or 9."""
+    """The config of each kind of run: 7 updates of 4 videos or images; 9 of a classifier."""
     folder = tmp_path_factory.mktemp("small configs")
-
     values = {
         "video": {"data": "videos", "frames": 4, "crop": "multi_scale", "clip": 0.15},
         "images": {"data": "images", "frames": 1, "crop": "random_resized", "clip": "null"},

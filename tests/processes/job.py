@@ -1,11 +1,11 @@
 """Several small runs one after the other, in each process of a job: job.py CASES FOLDER
 
-CASES is a JSON list. Of each case this process writes what it saw to FOLDER/NAME-rank.json. A case
-is a whole run by hpm_video.runs.pretraining or hpm_video.runs.finetuning; nothing of it is
-replaced, some of it is listened to.
+CASES is a JSON list. A case is a whole run by hpm_video.runs.pretraining or .finetuning, of which
+nothing is replaced: listeners record what each process does in FOLDER/NAME-RANK.json.
 """
 
 import gc
+import itertools
 import json
 import logging
 import math
@@ -38,12 +38,12 @@ PROGRAMS = {"pretrain": (PretrainConfig, pretrain), "finetune": (FinetuneConfig,
 
 
 def replaced(owner, name, make):
-    """``owner.name`` becomes what ``make`` makes of it, for a while."""
+    """While this is open, ``owner.name`` is what ``make`` makes of it."""
     return mock.patch.object(owner, name, make(getattr(owner, name)))
 
 
 def listened(owner, name, look):
-    """``look`` gets what ``owner.name`` is called with, before each call, for a while."""
+    """While this is open, ``look`` gets the arguments of each call of ``owner.name`` first."""
 
     def make(original):
         def call(*inputs, **options):
@@ -62,33 +62,28 @@ def files_of_batches(seen):
 
 
 def files_opened(seen):
-    """Every file that is opened, in order, those of validation clips too."""
+    """Every file that is opened, in order, including those of validation clips."""
     seen["opened"] = []
     return listened(dataset, "open_video", lambda path, *_: seen["opened"].append(path))
 
 
 @contextmanager
 def reductions(seen):
-    """Of each forward, backward and step of the second update: how many values each reduction
-    over the processes has, as the library that does it (gloo) reports to torch's profiler."""
+    """The number of values in each reduction over the processes, for each pass of the second
+    update, as gloo reports it to torch's profiler."""
     seen["reduced"] = []
-    passes, running = [], []
+    passes, running = itertools.count(1), []
 
-    def begin(original):
-        def call(self, *inputs, **options):
-            passes.append(None)
-            if self.accumulate < len(passes) <= 2 * self.accumulate:
-                running.append(profile(activities=[ProfilerActivity.CPU], record_shapes=True))
-                running[0].start()
-            return original(self, *inputs, **options)
-
-        return call
+    def begin(engine, *_):
+        if engine.accumulate < next(passes) <= 2 * engine.accumulate:
+            running.append(profile(activities=[ProfilerActivity.CPU], record_shapes=True))
+            running[0].start()
 
     def end(original):
         def call(self):
             result = original(self)
             if running:
-                distributed.barrier()  # gloo tells of a reduction after the engine has its result
+                distributed.barrier()  # gloo reports a reduction after the engine has its result
                 running[0].stop()
                 seen["reduced"].append(
                     [
@@ -103,15 +98,15 @@ def reductions(seen):
 
     with ExitStack() as stack:
         for engine in (TorchEngine, DeepSpeedEngine):
-            stack.enter_context(replaced(engine, "__call__", begin))
+            stack.enter_context(listened(engine, "__call__", begin))
             stack.enter_context(replaced(engine, "step", end))
         yield
 
 
 @contextmanager
 def whole_tensors(seen):
-    """Of every parameter that is put together while a checkpoint is saved: its size, and how many
-    values of others are still there."""
+    """For every parameter that is gathered while a checkpoint is saved: its size, and how many
+    values of others are still in memory."""
     seen["joined"] = []
     alive, saving = {}, []
 
@@ -141,23 +136,19 @@ def whole_tensors(seen):
 
 
 def settings(seen):
-    """What DeepSpeed makes of its settings."""
+    """The settings that DeepSpeed ends up with."""
 
     def make(original):
         def call(self, *inputs, **options):
             original(self, *inputs, **options)
+            engine = self._engine
+            offloaded = (engine.zero_offload_optimizer(), engine.zero_offload_param())
             seen["settings"] = {
-                "reduce_bucket_size": self._engine.zero_reduce_bucket_size(),
-                "kept_whole_below": self._engine.zero_param_persistence_threshold(),
-                "train_batch_size": self._engine.train_batch_size(),
-                "gradient_clipping": self._engine.gradient_clipping(),
-                "offload": [
-                    str(part.device)
-                    for part in (
-                        self._engine.zero_offload_optimizer(),
-                        self._engine.zero_offload_param(),
-                    )
-                ],
+                "reduce_bucket_size": engine.zero_reduce_bucket_size(),
+                "kept_whole_below": engine.zero_param_persistence_threshold(),
+                "train_batch_size": engine.train_batch_size(),
+                "gradient_clipping": engine.gradient_clipping(),
+                "offload": [str(part.device) for part in offloaded],
             }
 
         return call
@@ -170,8 +161,7 @@ def statistics(seen):
     seen["statistics"] = []
 
     def look(run, *_):
-        values = [value.tolist() for value in batch_statistics(run.engine.model)]
-        seen["statistics"].append(values)
+        seen["statistics"].append([each.tolist() for each in batch_statistics(run.engine.model)])
 
     return listened(Run, "after_update", look)
 
@@ -216,7 +206,7 @@ def run_case(case, processes):
 
 def main(cases, folder):
     import_deepspeed(torch.device("cpu"))
-    gc.freeze()  # to look through what is imported takes longer than an update
+    gc.freeze()  # collecting garbage among all imported modules takes longer than an update
     with joined_processes() as processes:
         if processes.is_first:
             logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
@@ -224,8 +214,7 @@ def main(cases, folder):
             name = case["name"]
             sys.stderr.write(f"--- {name}, rank {processes.rank}\n")
             seen = run_case(case, processes)
-            told = Path(folder) / f"{name}-{processes.rank}.json"
-            told.write_text(json.dumps(seen))
+            (Path(folder) / f"{name}-{processes.rank}.json").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What DeepSpeed is told: the run's own settings, and a user's file beside them."""
+"""DeepSpeed's settings: those of the run, and a user's file beside them."""
 
 import json
 
@@ -15,13 +15,14 @@ PLAN = BatchPlan(batch_size=24, processes=2, micro_batch=4)
 
 @pytest.fixture
 def settings(tmp_path):
-    """What DeepSpeed is told, of a file with ``own`` settings of the user's."""
+    """Make DeepSpeed's settings with a file that holds the user's ``own``."""
 
     def make(own=None, stage=2, clip_grad=0.5, precision="fp32", offload="none"):
         path = tmp_path / "settings.json"
         path.write_text(json.dumps(own or {}))
-        how = EngineConfig(name="deepspeed", zero_stage=stage, offload=offload, deepspeed=str(path))
-        return settings_of(how, PLAN, clip_grad=clip_grad, precision=precision)
+        own_file = {"name": "deepspeed", "deepspeed": str(path)}
+        engine = EngineConfig(**own_file, zero_stage=stage, offload=offload)
+        return settings_of(engine, PLAN, clip_grad=clip_grad, precision=precision)
 
     return make
 
@@ -34,7 +35,7 @@ def test_the_run_decides(settings):
     assert found["gradient_clipping"] == 0.5
     assert found["zero_optimization"]["stage"] == 2
     assert not found["torch_autocast"]["enabled"]
-    assert settings(clip_grad=None)["gradient_clipping"] == 0.0, "DeepSpeed clips if not told"
+    assert settings(clip_grad=None)["gradient_clipping"] == 0.0, "by default DeepSpeed clips"
     autocast = settings(precision="bf16")["torch_autocast"]
     assert (autocast["enabled"], autocast["dtype"]) == (True, "bfloat16")
     spread = settings(stage=3, offload="all")["zero_optimization"]
@@ -108,9 +109,9 @@ def test_a_file_that_is_no_object_is_named(tmp_path, text):
     path = tmp_path / "settings.json"
     if text is not None:
         path.write_text(text)
-    how = EngineConfig(name="deepspeed", deepspeed=str(path))
+    engine = EngineConfig(name="deepspeed", deepspeed=str(path))
     with pytest.raises(EngineError, match=r"engine\.deepspeed=.*settings\.json"):
-        settings_of(how, PLAN, clip_grad=None, precision="fp32")
+        settings_of(engine, PLAN, clip_grad=None, precision="fp32")
 
 
 @pytest.mark.parametrize(

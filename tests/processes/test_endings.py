@@ -1,5 +1,5 @@
-"""How a job of two processes ends when it is stopped, killed or given a wrong input, as a user
-starts it; and that it goes on."""
+"""How a job of two processes, started as a user does, ends when it is stopped, killed or given a
+wrong input; and how it goes on."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 LAUNCHED = (str(ROOT / "tools" / "launch.py"), "--processes", "2")
 LONG = ("recipe.epochs=6", "checkpoint.every_updates=2", "logging.picture_every_epochs=99")
 SHIFTS_ALL_SCORES = ("difficulty_decoder.head.bias", "difficulty_decoder.norm.bias")
-"""Their true gradient is zero, see test_same_results.py."""
+"""Their true gradient is zero: see test_same_results.py."""
 SPREAD = ("engine.name=deepspeed", "engine.zero_stage=3")
 WAITER = """
 import os, sys, time
@@ -41,7 +41,7 @@ sys.path.insert(0, {tools!r})
 import pretrain
 sys.exit(pretrain.main())
 """
-"""Each process waits after a certain update until it is asked to stop."""
+"""Each process waits after a certain update until it is told to stop."""
 KILLER = """
 import os, pathlib, signal, sys, time
 from hpm_video.training import checkpoint
@@ -61,12 +61,12 @@ sys.path.insert(0, "tools")
 import pretrain
 sys.exit(pretrain.main())
 """
-"""The first process kills the second in the middle of its third checkpoint, and hangs there."""
+"""The first process kills the second in the middle of its third checkpoint, then hangs."""
 
 
 @pytest.fixture
 def environment(tmp_path):
-    """Variables with which ``hpm_video`` imports, and not the folder ``datasets`` beside it."""
+    """Variables that let programs import ``hpm_video``, but not ``datasets`` beside it."""
     (tmp_path / "import").mkdir()
     (tmp_path / "import" / "hpm_video").symlink_to(ROOT / "hpm_video")
     return os.environ | {"PYTHONPATH": str(tmp_path / "import"), "CUDA_VISIBLE_DEVICES": ""}
@@ -74,7 +74,7 @@ def environment(tmp_path):
 
 @pytest.fixture
 def start(environment):
-    """Start a program in two processes of a job; what is left of it afterwards is ended."""
+    """Start a program as a job of two processes; those left at the end are killed."""
     started = []
 
     def begin(program, *arguments, **variables):
@@ -98,20 +98,20 @@ def start(environment):
 
 
 def saved(run):
-    """The update that a run would go on at."""
+    """The update at which a run would go on."""
     stored = checkpoints_in(run / "checkpoints")
     return read_state(stored[-1])["update"] if stored else 0
 
 
 def wait_until_saved(run, launcher, update):
-    """Wait for a checkpoint of at least so many updates."""
+    """Wait for a checkpoint after at least ``update`` updates."""
     while saved(run) < update:
         assert launcher.poll() is None, launcher.communicate()[0]
         time.sleep(0.1)
 
 
 def process_of(launcher, rank):
-    """The number of one of the processes that a launcher started."""
+    """The process id of a rank that a launcher started."""
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     found = [
         int(child)
@@ -132,8 +132,8 @@ def unbroken(small_configs, tmp_path_factory):
 
 
 def assert_same(run, unbroken):
-    """Up to the order of sums, which alone moves weights by less than 1e-5 in these 21 updates. An
-    update that is lost, made twice or of other clips moves them by up to the learning rate, 1e-3.
+    """The order of sums alone changes weights by less than 1e-5 in these 21 updates. An update that
+    is lost, repeated or made with other clips changes them by up to the learning rate, 1e-3.
     """
     ours = checkpoints_in(run / "checkpoints")[-1]
     assert ours.name == unbroken.name
@@ -145,7 +145,7 @@ def assert_same(run, unbroken):
 
 
 def test_stopped_then_one_killed_then_gone_on(start, start_job, small_configs, unbroken, tmp_path):
-    """Stopped as the launcher and a scheduler do it: with a signal to each process."""
+    """They are stopped by a signal to each process, as by the launcher and a scheduler."""
     run, waiter = tmp_path / "run", tmp_path / "waiter.py"
     waiter.write_text(WAITER.format(tools=str(ROOT / "tools")))
     command = (small_configs["video"], f"output_dir={run}", *LONG)
@@ -176,7 +176,7 @@ def test_stopped_then_one_killed_then_gone_on(start, start_job, small_configs, u
 
 
 def test_killed_while_the_other_saves(start_job, small_configs, unbroken, tmp_path):
-    """Half a checkpoint is none: one process goes on from the one before."""
+    """Half a checkpoint does not count: one process goes on from the one before."""
     run = tmp_path / "run"
     arguments = (small_configs["video"], f"output_dir={run}", *LONG)
     first, second = start_job(2, "-c", KILLER.format(place=str(tmp_path)), *arguments)
@@ -191,7 +191,7 @@ def test_killed_while_the_other_saves(start_job, small_configs, unbroken, tmp_pa
     assert_same(run, unbroken)
 
 
-def test_a_wrong_input_is_told_once(environment, small_configs, tmp_path):
+def test_a_wrong_input_is_reported_once(environment, small_configs, tmp_path):
     arguments = [small_configs["video"], f"output_dir={tmp_path / 'run'}", "recipe.batch_size=5"]
     done = subprocess.run(
         [ROOT / "run_pretrain.sh", *arguments],
@@ -207,8 +207,8 @@ def test_a_wrong_input_is_told_once(environment, small_configs, tmp_path):
     assert "Traceback" not in done.stdout
 
 
-def test_a_wrong_file_of_one_process_is_told(start_job, small_configs, small_data, tmp_path):
-    """A file of the second half of the first batch, which the second process reads."""
+def test_a_wrong_file_of_one_process_is_reported(start_job, small_configs, small_data, tmp_path):
+    """The file is in the second half of the first batch, which the second process reads."""
     config, folder = small_configs["video"], tmp_path / "train"
     shutil.copytree(small_data / "videos" / "train", folder)
     overrides = [f"data.train={folder}", "data.max_bad_share=0", f"output_dir={tmp_path / 'run'}"]
@@ -222,4 +222,4 @@ def test_a_wrong_file_of_one_process_is_told(start_job, small_configs, small_dat
     assert "1 of 14 files does not decode" in output
     assert str(bad) in output
     assert "Traceback" not in first.communicate()[0] + output
-    assert first.returncode in (1, 2), "it lost the other, or was told"
+    assert first.returncode in (1, 2), "it lost the other process, or got the signal"

@@ -20,17 +20,17 @@ pytestmark = pytest.mark.slow
 JOB = Path(__file__).parent / "job.py"
 SAME = 1e-5
 HALF_A_BIT = 2**-9
-"""The largest relative error of rounding to bfloat16, which keeps 8 bits of a number."""
+"""The largest relative rounding error of bfloat16, which keeps 8 bits of a number."""
 ROUNDINGS = {"zero3": 56}
 USUAL_ROUNDINGS = 34
-"""One after another, from pixels to a gradient: the embedding, six products and a GELU in each of
-two blocks, the layer between them and the head, forward and backward. Stage 3 has DeepSpeed's own
-linear layer, of which there are 11 in that row, and it rounds before it adds the bias as well."""
+"""Roundings in a chain from pixels to a gradient: the embedding, six products and a GELU in each of
+two blocks, the layer between them and the head, forward and backward. Stage 3 uses DeepSpeed's own
+linear layer, 11 times in that chain, which also rounds before it adds the bias."""
 SPREAD = f"engine.deepspeed={Path(__file__).parent / 'spread.json'}"
-"""Otherwise such small parameters are never spread, nor let go of between their uses."""
+"""Without these settings such small parameters are never sharded, nor released between uses."""
 OWN = f"engine.deepspeed={Path(__file__).parent / 'own.json'}"
 ONE_BY_ONE = "engine.micro_batch=1"
-"""Two passes per update in each of two processes; otherwise one."""
+"""Two passes per update in each of two processes; the default is one."""
 ENGINES = {
     "ddp": (),
     **{f"zero{n}": ("engine.name=deepspeed", f"engine.zero_stage={n}") for n in range(4)},
@@ -45,9 +45,9 @@ WAYS = {
     "offload2": (*ENGINES["zero2"], "engine.offload=optimizer"),
     "offload3": (*ENGINES["zero3"], "engine.offload=all", "engine.deepspeed=null"),
 }
-"""Names of engines, with offload, settings of the user's own and blocks that are compiled."""
+"""Engines by name, with offloading, a user's own settings and compiled blocks."""
 REDUCE_ONCE = ("ddp", "zero0", "zero1")
-"""ZeRO 2 and 3 keep no whole gradients to wait with: they reduce in every pass, by design."""
+"""ZeRO 2 and 3 keep no whole gradients to accumulate: by design they reduce in every pass."""
 IN_BF16 = ("ddp", "zero1", "zero3")
 KINDS = ("video", "images", "classes")
 EQUAL = {
@@ -58,14 +58,14 @@ EQUAL = {
     "images-ddp": "images",
     "classes-zero2-2": "classes",
 }
-"""Names of uninterrupted runs, and of the run of one process that computes the same."""
+"""Names of uninterrupted runs, and of the run in one process that computes the same."""
 LOOKS = ("video-ddp-2", "video-zero3-2")
-"""Of whole weights, and of such that are spread."""
+"""For whole weights, and for sharded ones."""
 NO_TRUE_GRADIENT = ("difficulty_decoder.head.bias", "difficulty_decoder.norm.bias")
-"""They move all scores of a clip alike, and the ranking loss asks for their order alone. Their
-gradient is the rounding of a sum that is zero, which Adam scales up to a step like any other. The
-same holds for the keys' part of attention's biases, which the softmax does not see."""
-CHAINS = {  # how many processes, in which way, in which update the last of them gets SIGTERM
+"""They change all scores of a clip alike, but the ranking loss depends only on their order. Their
+gradient is the rounding error of a sum that is zero, which Adam scales up to a step like any other.
+The same holds for the keys' part of attention's biases, which the softmax ignores."""
+CHAINS = {  # number of processes, engine, update in which the last process gets SIGTERM
     "c": ("video", [(2, "zero0-2", 1), (2, "compiled-ddp", 4), (1, "zero1", None)]),
     "g": ("probe", [(2, "zero1", 1), (2, "ddp", None)]),
     "b": ("video", [(1, "ddp", 1), (2, "compiled-zero2", 4), (2, "zero3", None)]),
@@ -73,7 +73,7 @@ CHAINS = {  # how many processes, in which way, in which update the last of them
     "e": ("classes", [(2, "zero3", 1), (2, "zero1", 4), (1, "zero3", None)]),
     "f": ("images", [(1, "ddp", 1), (2, "zero3", 4), (2, "offload2", None)]),
 }
-"""Those without stage 3 first."""
+"""Chains without stage 3 come first."""
 READ = """
 import sys
 from pathlib import Path
@@ -90,7 +90,7 @@ assert not {"torch", "deepspeed", "hpm_video"} & set(sys.modules)
 
 @dataclass
 class Jobs:
-    """What the cases of all jobs left."""
+    """Runs the cases of all jobs, and knows what they left."""
 
     folder: Path
     configs: dict[str, Path]
@@ -98,7 +98,7 @@ class Jobs:
     output: str = ""
 
     def case(self, name, kind, *overrides, run=None, listen=(), stop=None):
-        """A run in the folder ``run``, by default ``name``, see job.py."""
+        """A case for job.py: a run in the folder ``run``, by default ``name``."""
         return {
             "name": name,
             "program": "finetune" if kind in ("classes", "probe") else "pretrain",
@@ -121,7 +121,7 @@ class Jobs:
         return self.folder / "runs" / name
 
     def seen(self, name, rank=0):
-        """What a process saw of a case."""
+        """What the listeners of a process recorded in a case."""
         path = self.folder / f"{name}-{rank}.json"
         assert path.exists(), f"{name} did not end:\n{self.output[-8000:]}"
         return json.loads(path.read_text())
@@ -129,10 +129,10 @@ class Jobs:
 
 @pytest.fixture(scope="module")
 def jobs(small_configs, small_data, start_job, tmp_path_factory):
-    """All cases, in three starts: what one process does first, what two do, what one does last.
+    """All cases, in three starts: first one process, then two, and one again.
 
-    What comes after stage 3 in the same process has DeepSpeed's own linear layer, which rounds
-    bfloat16 otherwise: it comes last.
+    After stage 3 a process keeps DeepSpeed's own linear layer, which rounds bfloat16 differently:
+    so stage 3 comes last.
     """
     folder = tmp_path_factory.mktemp("same results")
     made = Jobs(folder, small_configs | {"probe": probe_config(small_configs, folder)}, start_job)
@@ -187,7 +187,7 @@ def jobs(small_configs, small_data, start_job, tmp_path_factory):
 
 
 def parts_of_chains(jobs, processes, first=None):
-    """The parts of chains that so many processes run: their first ones, the others, or all."""
+    """The parts of chains with this number of processes: only first ones, only others, or all."""
     return [
         jobs.case(
             f"{chain}{n}",
@@ -205,7 +205,7 @@ def parts_of_chains(jobs, processes, first=None):
 
 
 def probe_config(configs, folder):
-    """A linear probe, made of the config for fine-tuning."""
+    """A linear probe, made from the config for fine-tuning."""
     text = configs["classes"].read_text()
     for before, after in {
         "init: xavier": "pooling: batch_norm\n  frozen: true\n  init: xavier",
@@ -224,7 +224,7 @@ def probe_config(configs, folder):
 
 
 def put_a_bad_file(jobs, small_data):
-    """A file of the second half of a batch of the first epoch, and no other, does not decode."""
+    """Let one file not decode: it is in the second half of a batch in the first epoch."""
     files = [file for batch in jobs.seen("video")["files"] for file in batch]
     name = files[6].rpartition("/")[2]
     folder = jobs.folder / "with a bad file"
@@ -242,7 +242,7 @@ def newest(run):
 
 
 def with_true_gradient(tensors):
-    """Of tensors by name, perhaps moments, those and the parts of those that have one."""
+    """Those tensors (weights or moments) and parts of tensors whose true gradient is not zero."""
     found = {key: value for key, value in tensors.items() if not key.endswith(NO_TRUE_GRADIENT)}
     for key in [key for key in found if key.endswith(".attn.qkv.bias")]:
         queries, _, values = found[key].chunk(3)
@@ -251,7 +251,7 @@ def with_true_gradient(tensors):
 
 
 def weight_differences(run, reference):
-    """The largest difference of each tensor: of the student and the teacher, or the average."""
+    """The largest difference of each tensor of student and teacher, or of the EMA."""
     ours, theirs = newest(run), newest(reference)
     assert ours.name == theirs.name
     found = {}
@@ -270,7 +270,7 @@ def weight_differences(run, reference):
 
 
 def measure_differences(run, reference, kinds=("train", "validation")):
-    """The largest difference of each measure, over all lines of the log of ``run``."""
+    """The largest difference of each measure over all lines in the metrics of ``run``."""
     ours = [line for line in lines_of(run) if line["kind"] in kinds]
     theirs = {(line["kind"], line["update"]): line for line in lines_of(reference)}
     assert {line["kind"] for line in ours} == set(kinds)
@@ -294,7 +294,7 @@ def assert_same(run, reference, tolerance=SAME, **options):
 
 @pytest.mark.parametrize(("name", "reference"), EQUAL.items())
 def test_two_processes_compute_what_one_does(jobs, name, reference):
-    """Whole or spread, with activations kept or computed again; other engines: see the chains."""
+    """Weights are whole or sharded, activations kept or recomputed; chains cover other engines."""
     jobs.seen(name)
     assert_same(jobs.run(name), jobs.run(reference))
 
@@ -316,11 +316,11 @@ def test_the_updates_that_are_compared_mine_and_clip(jobs):
 
 @pytest.mark.parametrize("engine", IN_BF16)
 def test_bf16_is_near(jobs, engine):
-    """To one process that takes passes of the same size, whatever the processor rounds.
+    """Near to one process with passes of the same size, however the processor rounds.
 
-    Where all roundings err alike their errors add up. Of the norm of the gradient that is the
-    error of the moments too, of which none is larger. Adam moves a weight by the learning rate at
-    most, and a gradient near zero may have either sign.
+    At worst all rounding errors add up. Relative to the norm of the gradient, the moments have this
+    error too, as none of them is larger than it. Adam changes a weight by at most the learning
+    rate, and a gradient near zero may have either sign.
     """
     jobs.seen(f"bf16-{engine}")
     lines = [line for line in lines_of(jobs.run("bf16")) if line["kind"] == "train"]
@@ -358,7 +358,7 @@ def test_settings_reach_deepspeed(jobs):
 
 @pytest.mark.parametrize("engine", REDUCE_ONCE)
 def test_gradients_are_reduced_once_per_update(jobs, engine):
-    """Of three passes the last reduces as many values as there are."""
+    """Only the last of three passes reduces, and each value once."""
     weights = load_file(newest(jobs.run(f"reduced-{engine}")) / "model.safetensors")
     learning = sum(value.numel() for value in weights.values())
     passes = jobs.seen(f"reduced-{engine}")["reduced"]
@@ -369,7 +369,7 @@ def test_gradients_are_reduced_once_per_update(jobs, engine):
 
 
 def test_processes_share_the_batches_of_one(jobs):
-    """And open no file of each other's share, validation files included."""
+    """They open no file of each other's share, including validation files."""
     alone = jobs.seen("video")
     for name, accumulate in (("video-ddp-2", 2), ("video-zero3-2", 2), ("again-ddp", 1)):
         shares = [jobs.seen(name, rank) for rank in (0, 1)]
@@ -378,7 +378,7 @@ def test_processes_share_the_batches_of_one(jobs):
         for share, seen in zip(batches, shares, strict=True):
             trained = [file for batch in share for file in batch]
             assert [file for file in seen["opened"] if "/videos/train/" in file] == trained
-        # Of validation files the first draws all, and otherwise each is read by one process.
+        # The first process opens all validation files to draw them; otherwise each has one reader.
         looks = name in LOOKS
         for folder in ("/labelled/", "/videos/validation/"):
             once = [{f for f in seen["opened"] if folder in f} for seen in shares]
@@ -412,17 +412,17 @@ def test_a_run_goes_on_with_another_number_of_processes_and_another_engine(jobs,
         assert [one.get("interrupted") for one in seen] == [seen[0].get("interrupted")] * count
         if stop is None:
             assert "interrupted" not in seen[0]
-        else:  # what the last process was asked all know one update later
+        else:  # all processes know of the signal one update later
             reached.append(stop + count)
-            said = f"stopped by SIGTERM before update {reached[-1]}"
-            assert seen[0]["interrupted"] == [said, 75]
+            message = f"stopped by SIGTERM before update {reached[-1]}"
+            assert seen[0]["interrupted"] == [message, 75]
     stored = [path.name for path in checkpoints_in(jobs.run(chain) / "checkpoints")]
     assert stored[:-1] == [f"update-{update:08d}" for update in reached]
     assert all(4 * update % (9 if kind in ("classes", "probe") else 14) for update in reached)
     starts = (jobs.run(chain) / "starts.jsonl").read_text().splitlines()
     compiled = [json.loads(start)["engine"].endswith(", compiled (blocks)") for start in starts]
     assert compiled == [way.startswith("compiled") for _, way, _ in parts]
-    # Running averages are those of two processes.
+    # Running averages must be those of two processes.
     assert_same(jobs.run(chain), jobs.run("probe-ddp" if kind == "probe" else kind))
     updates = [line["update"] for line in lines_of(jobs.run(chain)) if line["kind"] == "train"]
     assert updates == [*range(1, len(updates) + 1)]
@@ -430,8 +430,8 @@ def test_a_run_goes_on_with_another_number_of_processes_and_another_engine(jobs,
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])
 def test_sgd_and_batch_statistics(jobs, engine):
-    """Each process standardises by its own clips, as one does that takes two passes; running
-    averages are then those of all clips, in every process."""
+    """Each process standardises with its own clips, as one process with two passes does; running
+    averages cover all clips, in every process."""
     shares = [jobs.seen(f"probe-{engine}", rank)["statistics"] for rank in (0, 1)]
     assert shares[0] == shares[1]
     assert len(shares[0][-1]) == 2
@@ -445,14 +445,14 @@ def test_sgd_and_batch_statistics(jobs, engine):
         elif "num_batches" not in name:
             torch.testing.assert_close(value, reference[name], rtol=0, atol=SAME)
     assert (reference["head.weight"] - found["head.weight"]).abs().max() < SAME
-    # Where two clips of a pass differ by little in one feature, standardising them multiplies
-    # rounding by up to 1 / sqrt(eps) = 1000.
+    # If two clips of a pass hardly differ in a feature, standardising multiplies their
+    # rounding errors by up to 1 / sqrt(eps) = 1000.
     losses = measure_differences(jobs.run(f"probe-{engine}"), jobs.run("probe"), ["train"])
     assert losses["train loss"] < 1e-7 * 1000
 
 
 def test_checkpoints_are_read_without_this_package_or_torch(jobs):
-    """By a reader of safetensors alone, those of stage 3 and of interrupted runs too."""
+    """safetensors alone reads them, including those of stage 3 and of interrupted runs."""
     found = subprocess.run(
         [sys.executable, "-c", READ, str(jobs.folder / "runs")],
         capture_output=True,
@@ -471,8 +471,8 @@ def test_one_parameter_at_a_time_is_whole_while_stage_3_saves(jobs):
 
 
 @pytest.mark.parametrize("name", LOOKS)
-def test_looking_is_logged_once_and_the_same(jobs, name):
-    """Held-out measures, neighbours, pictures: by all processes together, told by the first."""
+def test_measures_and_pictures_are_logged_once_and_the_same(jobs, name):
+    """All processes compute validation measures, neighbours and pictures; the first logs them."""
     run = jobs.run(name)
     events = [(line["kind"], line["update"]) for line in lines_of(run)]
     assert events == [(line["kind"], line["update"]) for line in lines_of(jobs.run("video"))]

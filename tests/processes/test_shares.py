@@ -1,4 +1,4 @@
-"""Who reads which samples, without processes: any number of them makes up what one would read."""
+"""Which process reads which samples, without processes: together they read what one would."""
 
 import numpy as np
 from hypothesis import given
@@ -11,7 +11,7 @@ weight = st.floats(0.05, 20)
 
 @st.composite
 def runs(draw):
-    """Sources of updates, a batch that 1, 2 and 4 processes share, and an update to start at."""
+    """Sources of updates, a batch size for 1, 2 and 4 processes, and an update to start at."""
     num_updates = draw(st.integers(0, 30))
     sources = deal_out(draw(st.lists(weight, min_size=1, max_size=3)), num_updates)
     return sources, 4 * draw(st.integers(1, 4)), draw(st.integers(0, num_updates))
@@ -26,7 +26,7 @@ def shares_of(sources, batch_size, start, processes):
 
 @given(run=runs(), processes=st.sampled_from([2, 4]))
 def test_shares_of_each_batch_in_turn_are_the_batch(run, processes):
-    """So a micro-batch of an update is of that update in every process, wherever a run starts."""
+    """So every process takes a micro-batch from the same update, wherever a run starts."""
     sources, batch_size, start = run
     whole = [*Places(sources, batch_size, start)]
     shares = shares_of(sources, batch_size, start, processes)
@@ -58,8 +58,8 @@ def test_every_sample_comes_once_and_to_one_process(run, processes):
     processes=st.sampled_from([1, 2, 4]),
 )
 def test_every_file_comes_once_per_epoch(num_files, epochs, batch_size, processes):
-    """Entry ``position % files`` of the order of epoch ``position // files`` is what a stream
-    shows, so nothing is left out or shown twice where an epoch ends in the middle of a batch."""
+    """A stream shows entry ``position % files`` of the order of epoch ``position // files``, so
+    nothing is missing or repeated where an epoch ends in the middle of a batch."""
     num_updates = num_files * epochs // batch_size
     sources = np.zeros(num_updates, np.int64)
     shown = [

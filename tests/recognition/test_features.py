@@ -106,7 +106,7 @@ def classifier(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def source(videos, tmp_path) -> Path:
-    """A manifest of 5 videos of 12 frames, labelled."""
+    """A labelled manifest of 5 videos with 12 frames each."""
     folder = tmp_path / "source"
     folder.mkdir()
     for i, video in enumerate(sorted((videos / "train").iterdir())[:5]):
@@ -127,7 +127,7 @@ def index_of(output):
 
 
 def contents(output):
-    """Everything that was computed, by name."""
+    """All computed arrays, by name."""
     files = [path for path in output.rglob("*") if path.suffix in {".npy", ".csv"}]
     return {path.relative_to(output).as_posix(): path.read_bytes() for path in files}
 
@@ -144,7 +144,7 @@ def clip_of(video, indices, size=(32, 32)):
 @pytest.mark.parametrize(
     ("frames", "every", "starts"),
     [
-        (20, 4, [0, 4, 8, 12]),  # 12 + 4 * 2 == 20: the last ends with the video
+        (20, 4, [0, 4, 8, 12]),  # 12 + 4 * 2 == 20: the last one ends with the video
         (21, 4, [0, 4, 8, 12, 13]),
         (20, 5, [0, 5, 10, 12]),
         (20, 100, [0, 12]),
@@ -212,7 +212,7 @@ def test_views_are_those_of_a_test_however_few_frames_are_read_at_once(
 
 
 class LongVideo:
-    """A thousand grey frames, of which each says its number. From 800 on it may be broken."""
+    """A thousand grey frames that show their number. From frame 800 on it may be broken."""
 
     num_frames = 1000
     height = width = 8
@@ -257,7 +257,7 @@ def test_a_long_video_is_read_in_runs_and_each_frame_once(monkeypatch):
     assert {len(part.clips) for part in found[:-1]} == {7}
 
 
-# --- What is written ----------------------------------------------------------------------------
+# --- Outputs ----------------------------------------------------------------------------
 
 
 def test_by_default_a_vector_for_the_middle_clip(main, pretrained, source, tmp_path, capsys):
@@ -275,8 +275,8 @@ def test_by_default_a_vector_for_the_middle_clip(main, pretrained, source, tmp_p
         clip = clip_of(row["path"], range(4, 8))
         assert np.array_equal(features, encoder.pooled(clip[None]).numpy())
     settings = json.loads((output / "settings.json").read_text())
-    told = {name: settings[name] for name in ("update", "weights", "clips", "crops", "dtype")}
-    assert told == {"update": 7, "weights": "student", "clips": 1, "crops": 1, "dtype": "float32"}
+    origin = {name: settings[name] for name in ("update", "weights", "clips", "crops", "dtype")}
+    assert origin == {"update": 7, "weights": "student", "clips": 1, "crops": 1, "dtype": "float32"}
     assert not (output / "bad_files.csv").exists()
     assert read_manifest(output / "index.csv") == replace(
         read_manifest(source), num_frames=(12,) * 5
@@ -506,7 +506,7 @@ def test_half_a_line_spoils_nothing(tmp_path):
 def test_a_stop_in_the_middle_leaves_whole_files_only(
     main, pretrained, source, tmp_path, monkeypatch
 ):
-    """Ctrl-C while the second video's windows are computed, one at a time."""
+    """Ctrl-C comes while the second video's windows are computed one at a time."""
     output = tmp_path / "out"
     command = (pretrained, source, output, "--window-stride", 2, "--clips-per-pass", 1)
     assert main(*command) == 0
@@ -677,7 +677,7 @@ def test_names_are_unique_and_stable(paths):
     names = file_names(files, Path("/d"))
     assert set(names) == set(files)
     folded = [name.casefold() for name in names.values()]
-    assert len(set(folded)) == len(folded), "on a disk that does not tell capitals apart, too"
+    assert len(set(folded)) == len(folded), "also on a disk that ignores capitals"
     assert all(set(name) <= set("+-._abcdefghijklmnopqrstuvwxyz0123456789") for name in folded)
     assert file_names(files[::-1], Path("/d")) == names, "whatever the order"
 

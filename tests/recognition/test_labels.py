@@ -83,4 +83,4 @@ def test_class_folders_are_numbered_as_those_of_training(tmp_path):
         numbered_as(validation.label_names, train)
     (tmp_path / "list.csv").write_text("path,label,label_name\nd.mp4,0,walk\n")
     listed = read_manifest(tmp_path / "list.csv")
-    assert numbered_as(train.label_names, listed) is listed, "its numbers are its own"
+    assert numbered_as(train.label_names, listed) is listed, "it has its own numbering"

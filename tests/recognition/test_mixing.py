@@ -161,7 +161,7 @@ def test_the_order_in_memory_does_not_matter():
 
 
 def test_the_host_reads_nothing_back():
-    """Tensors of the device `meta` have no values: reading one would fail."""
+    """Tensors on the device `meta` have no values: reading one would fail."""
     clips, labels = (tensor.to("meta") for tensor in batch())
     for key in range(10):
         mixed, targets = mixing()(clips, labels, key)

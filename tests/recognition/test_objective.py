@@ -80,7 +80,7 @@ def test_the_model_sees_normalised_clips_and_the_keys():
 
 
 class Recorder:
-    """A model that notes what it sees, and thinks of clip i that it is of class i."""
+    """A model that records its input, and predicts class i for clip i."""
 
     def __init__(self):
         self.seen = []
@@ -93,13 +93,13 @@ class Recorder:
 @pytest.mark.parametrize("kind", [{"cutmix": 0.0}, {"mixup": 0.0}])
 def test_mixed_clips_go_with_labels_mixed_in_the_same_shares(kind):
     model, batch = Recorder(), batch_of()
-    # The smoothing of the objective itself plays no part: mixing makes its own targets.
+    # The smoothing of the objective itself has no effect: mixing makes its own targets.
     objective = make(0.3, mixing=mixing(label_smoothing=0.1, **kind))
     loss = objective.losses(model, batch, at(3)).total
     plain = normalise(batch.clips, MEAN, STD)
     (seen,) = model.seen
     if "mixup" in kind:
-        share = 1 - (seen != plain).any(dim=1).float().mean()  # what lies outside of the box
+        share = 1 - (seen != plain).any(dim=1).float().mean()  # the area outside the box
     else:
         partner = plain.flip(0)
         share = ((seen - partner) * (plain - partner)).sum() / (plain - partner).square().sum()
@@ -177,12 +177,12 @@ def test_it_learns_one_batch_by_heart(pooling, mixed):
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_nothing_in_an_update_waits_for_the_device(mixed):
-    """Fake tensors have no values, so anything that asks for one raises."""
+    """Fake tensors have no values: reading one raises an error."""
     from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
     mix = mixing() if mixed else None
     with FakeTensorMode():
-        # Copying a fake model would copy its mode, so the average is built, not copied.
+        # A copy of a fake model would copy its fake mode, so the EMA is built anew.
         model = make_model(drop_path=0.2, head_dropout=0.2)
         objective = make(
             0.1,
@@ -209,7 +209,7 @@ def test_nothing_in_an_update_waits_for_the_device(mixed):
 
 
 def without_generators(mix):
-    """The mixing itself: the state of torch's generator is no fake tensor."""
+    """Mix without saving torch's generator, whose state is no fake tensor."""
 
     def mixed(clips, labels, key):
         planes, targets = mix._mixup(clips.flatten(1, 2).clone(), labels)

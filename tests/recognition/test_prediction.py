@@ -85,7 +85,7 @@ def validation(videos):
 
 
 def by_hand(checkpoint, video, clips, crops, weights="model"):
-    """Mean of the softmax over the views, one pass for each."""
+    """The mean of the softmax over the views, with one pass for each."""
     trained = open_trained(checkpoint, TrainedClassifier, weights)
     classifier = Inference.load(trained, torch.device("cpu"), "fp32")
     sums = np.zeros(len(NAMES))
@@ -179,8 +179,8 @@ def test_sections_of_one_video_have_predictions_of_their_own(
     listed, out = tmp_path / "list.csv", tmp_path / "out.json"
     video = validation[0]
     listed.write_text(f"path,start,end\n{video},,\n{video},,{half}\n{video},{half},\n{video},99,\n")
-    given = (listed, f"{video}#t=0,{half}")
-    assert main(classifier, *given, "--json", out, "--views", "1x1", "--workers", 1) == 2
+    inputs = (listed, f"{video}#t=0,{half}")
+    assert main(classifier, *inputs, "--json", out, "--views", "1x1", "--workers", 1) == 2
     of_video, found = written(out)
     names = [str(video), f"{video}#t=,{half:g}", f"{video}#t={half:g}", f"{video}#t=0,{half:g}"]
     assert list(of_video) == names
@@ -263,7 +263,7 @@ def test_no_average_was_kept(main, classifier, validation, tmp_path, capsys):
     assert "take --weights model" in capsys.readouterr().err
 
 
-def test_wrong_inputs_are_told_before_anything_is_computed(
+def test_wrong_inputs_are_reported_before_anything_is_computed(
     main, classifier, validation, tmp_path, capsys
 ):
     (tmp_path / "empty").mkdir()

@@ -21,7 +21,7 @@ def samples(count, dim, classes, seed=0):
 
 
 def naive(queries, bank, labels, k, classes, temperature):
-    """One query at a time in plain Python, from the definition."""
+    """The definition in plain Python, one query at a time."""
     rows = []
     for query in queries:
         similarities = [
@@ -63,7 +63,7 @@ def test_shares_sum_to_one_and_the_order_of_the_bank_does_not_matter(seed, tempe
     permuted = knn_probabilities(queries, bank[order], labels[order], (1, 5, 30), 3, temperature)
     for k, shares in found.items():
         np.testing.assert_allclose(shares.sum(axis=1), 1)
-        if temperature > 1e-3:  # below it, rounding of the similarities tells
+        if temperature > 1e-3:  # below that, rounding of the similarities matters
             np.testing.assert_allclose(permuted[k], shares, atol=1e-9)
 
 
@@ -89,7 +89,7 @@ def clusters(per_class, dim, classes, *, noise, seed=0):
 
 
 def objective(weight, bias, features, labels, penalty):
-    """Mean cross-entropy + penalty / 2 * squares, by hand."""
+    """Mean cross-entropy + penalty / 2 * squared weights, by hand."""
     x = (features - features.mean(axis=0)) / features.std(axis=0)
     logits = x @ weight.T + bias
     of_label = logits[np.arange(len(x)), labels]
@@ -98,7 +98,7 @@ def objective(weight, bias, features, labels, penalty):
 
 
 def linear_map(features, labels, penalty, classes):
-    """The classifier that was fitted, read off its answers: centred (K, D) weights, (K,) biases"""
+    """The fitted classifier, from its outputs: centred (K, D) weights, (K,) biases"""
     mean, std = features.mean(axis=0), features.std(axis=0)
     unit = np.concatenate([np.zeros((1, len(mean))), np.eye(len(mean))]) * std + mean
     found = logistic_probabilities(features, labels, unit, penalty, classes)
@@ -109,7 +109,7 @@ def linear_map(features, labels, penalty, classes):
 @pytest.mark.parametrize("classes", [2, 4])
 @pytest.mark.parametrize("penalty", [1e-3, 1e-2, 1.0])
 def test_no_other_weights_are_better(penalty, classes):
-    """Of two classes too, where scikit-learn learns one row of weights alone."""
+    """This includes two classes, for which scikit-learn learns only one row of weights."""
     features, labels = clusters(30, 6, classes, noise=1.5)
     weight, bias = linear_map(features, labels, penalty, classes)
     best = objective(weight, bias, features, labels, penalty)
@@ -181,7 +181,7 @@ def test_the_penalty_that_generalises_is_chosen():
                 features[kept], labels[kept], features[~kept], penalty, 2
             )
             correct[penalty] += int((found.argmax(axis=1) == labels[~kept]).sum())
-    assert len(set(correct.values())) > 1, "it matters"
+    assert len(set(correct.values())) > 1, "the choice matters"
     assert chosen == max(penalties, key=lambda penalty: (correct[penalty], penalty))
 
 

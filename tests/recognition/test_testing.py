@@ -34,7 +34,7 @@ def manifest_of(names, labels=None):
 
 
 def pixels_of(place, views):
-    """(views, C, T, H, W) of the video at a place, no two views alike"""
+    """(views, C, T, H, W): the views of the video at a place, all different"""
     draw = np.random.default_rng(place)
     return torch.from_numpy(draw.integers(0, 256, (views, CLASSES, 1, 1, 1), dtype=np.uint8))
 
@@ -44,7 +44,7 @@ def probabilities(clips):
 
 
 class MadeUp:
-    """Clips of no files: those with ``bad`` in their names fail."""
+    """Clips without files: those with ``bad`` in their names fail."""
 
     def __init__(self, manifest, views):
         self.manifest, self.views, self.bad = manifest, Views(views, 1), {}
@@ -65,7 +65,7 @@ class MadeUp:
 
 
 class Reading(inference.Reading):
-    """Reads made up clips, ``batch_size`` videos at a time."""
+    """Reads made-up clips, ``batch_size`` videos at a time."""
 
     def batches(self, clips, positions, max_clips=32):
         size = max(1, min(len(positions), max_clips // clips.views.count))
@@ -74,7 +74,7 @@ class Reading(inference.Reading):
 
 
 def score(manifest, *, views=2, batch_size=2, processes=1, exclude=True, values=probabilities):
-    """As the first of ``processes`` would, after each has seen its share of the videos."""
+    """The scores in the first of ``processes``, each of which has its share of the videos."""
     clips, reading = MadeUp(manifest, views), Reading(exclude_bad_files=exclude)
     ends = [
         pair
@@ -89,7 +89,7 @@ def score(manifest, *, views=2, batch_size=2, processes=1, exclude=True, values=
     ]
 
     class Gathered(Processes):
-        """What the other processes found arrives too."""
+        """Also delivers the results of the other processes."""
 
         def gather(self, items):
             return ends
@@ -98,7 +98,7 @@ def score(manifest, *, views=2, batch_size=2, processes=1, exclude=True, values=
 
 
 def naive(manifest, views):
-    """Video by video, view by view."""
+    """The same scores, video by video and view by view."""
     rows = []
     for place, path in enumerate(manifest.files):
         row = np.zeros(CLASSES)
@@ -120,7 +120,7 @@ GOOD = ("a", "b", "c", "d", "e")
         (*GOOD[:2], "bad", *GOOD[2:]),
         (*GOOD, "bad"),
         ("a", "bad1", "bad2", "bad3", "bad4", "b"),
-        ("bad", "a", "bad", "b", "c", "bad", "bad"),  # one path, listed again and again
+        ("bad", "a", "bad", "b", "c", "bad", "bad"),  # one path, listed many times
         ("a", "a", "bad", "a"),
         ("a",),
     ],
@@ -193,7 +193,7 @@ def test_a_bad_file_is_found_before_a_run_and_not_tried_again(caplog):
     assert [*clips.bad] == ["/v/bad"]
     assert caplog.messages == ["left out: /v/bad: made up"]
     over_videos(probabilities, clips, reading, Processes())
-    assert len(caplog.messages) == 1, "it is told once"
+    assert len(caplog.messages) == 1, "it is reported once"
 
 
 def test_values_that_are_not_finite_are_refused():
@@ -276,7 +276,7 @@ def test_a_summary_by_hand():
     result = summarise(scores, [f"class {i}" for i in range(7)])
     assert result["top1"] == pytest.approx(3 / 6)
     assert result["top5"] == pytest.approx(5 / 6), "the last but one is fifth, the one before sixth"
-    assert result["chance"] == pytest.approx(1 / 4), "of the classes that occur"
+    assert result["chance"] == pytest.approx(1 / 4), "only classes that occur count"
     assert result["mean_class_top1"] == pytest.approx((2 / 3 + 1 + 0 + 0) / 4)
     assert (result["videos"], result["excluded"]) == (6, 0)
     assert result["classes"][0] == {
@@ -305,9 +305,9 @@ def test_an_excluded_video_is_counted_and_wrong():
     assert result["mean_class_top1"] == pytest.approx((1 / 2 + 1) / 2)
     assert (result["videos"], result["excluded"]) == (3, 1)
     assert confusion_counts(scores).sum() == 2
-    told = describe(result)
-    assert "on 3 videos" in told
-    assert "1 of them do not decode: excluded, and counted as wrong" in told
+    text = describe(result)
+    assert "on 3 videos" in text
+    assert "1 of them do not decode: excluded, and counted as wrong" in text
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 5])
@@ -395,13 +395,13 @@ def test_the_confusion_of_any_classes_is_drawn_whatever_they_are_called(tmp_path
 def test_the_terminal_sees_every_class_unless_there_are_many():
     few = [one_hot(0, 4)] * 3 + [one_hot(2, 4)]
     result = summarise(scores_of(few, (0, 0, 1, 2)), [f"class {i}" for i in range(4)])
-    told = describe(result)
-    assert "top-1 0.750, mean over classes" in told
-    assert "chance 0.333" in told
+    text = describe(result)
+    assert "top-1 0.750, mean over classes" in text
+    assert "chance 0.333" in text
     for line in ("class 0", "class 1", "class 2"):
-        assert line in told
-    assert "class 3" not in told, "it was not tested"
-    assert "(0 of 1)" in told
+        assert line in text
+    assert "class 3" not in text, "it was not tested"
+    assert "(0 of 1)" in text
     rows = [one_hot(i if i % 2 else 0, 40) for i in range(40)]
     many = describe(summarise(scores_of(rows, tuple(range(40))), [f"class {i}" for i in range(40)]))
     assert "\n" not in many

@@ -44,7 +44,7 @@ VIEWS = Views(2, 2)
 
 
 def with_random_weights(config, seed):
-    """So far from the start that probabilities differ between clips and classes."""
+    """Weights so far from the initial ones that probabilities differ between clips and classes."""
     model = build_classifier(config, len(NAMES)).eval()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -62,7 +62,7 @@ def config(tmp_path_factory) -> FinetuneConfig:
 
 @pytest.fixture(scope="module")
 def checkpoint(config, tmp_path_factory) -> Path:
-    """With other weights in the average."""
+    """A checkpoint whose EMA has other weights."""
     folder = tmp_path_factory.mktemp("run")
     save_config(config, folder / "config.yaml")
     (folder / "labels.txt").write_text("".join(f"{name}\n" for name in NAMES))
@@ -102,7 +102,7 @@ def manifest(videos) -> Manifest:
 
 @pytest.fixture(scope="module")
 def with_bad_files(manifest, tmp_path_factory) -> Manifest:
-    """One that does not decode at the start, listed twice, and another in the middle."""
+    """Bad files are one at the start, listed twice, and another in the middle."""
     folder = tmp_path_factory.mktemp("bad")
     (folder / "empty.mp4").touch()
     empty, missing = str(folder / "empty.mp4"), str(folder / "missing.mp4")
@@ -163,7 +163,7 @@ def test_the_head_sees_what_is_pooled(recogniser):
 
 
 def naive_scores(recogniser, manifest, views):
-    """Video by video, view by view, without any batches."""
+    """The same scores, video by video and view by view."""
     spec, table = recogniser.data, []
     for file in manifest.files:
         with open_video(file, "auto") as video:
@@ -227,7 +227,7 @@ def test_labels_that_the_classifier_does_not_know_are_refused(recogniser, manife
 
 
 def test_a_manifest_that_numbers_the_classes_otherwise_is_refused(recogniser, manifest):
-    """As that of a folder of class folders does in which some classes have no videos."""
+    """A folder of class folders does so if some classes have no videos in it."""
     few = Manifest(manifest.files[:2], (0, 1), (-1, -1), ("moves left", "moves right"))
     with pytest.raises(ManifestError, match="class 0 is 'still' .* and 'moves left'"):
         score(recogniser, few, VIEWS)
@@ -274,7 +274,7 @@ def test_two_processes_find_what_one_finds(
 ):
     import pandas as pd
 
-    one = Manifest(manifest.files[:1], manifest.labels[:1], (-1,))  # nothing for the second process
+    one = Manifest(manifest.files[:1], manifest.labels[:1], (-1,))  # the second gets nothing
     manifests = {"whole": manifest, "one": one, "bad": with_bad_files}
     for name, listed in manifests.items():
         table = pd.DataFrame({"path": listed.files, "label": listed.labels})

@@ -1,4 +1,4 @@
-"""How a batch is spread: found by trial where a GPU's memory ends, and told by a dry run."""
+"""How a batch is split: tried out where a GPU's memory is limited, and shown by a dry run."""
 
 import importlib.util
 import math
@@ -30,7 +30,7 @@ TINY = (
 )
 WIDE = "model.encoder={dim: 768, depth: 2, num_heads: 12}"
 SHALLOW = "model.decoder={dim: 192, depth: 1, num_heads: 3}"
-"""As wide as a ViT-B, so that there is something to tell in GB, and simulated in seconds."""
+"""The width of a ViT-B gives amounts worth showing in GB, and takes seconds to simulate."""
 CPU = torch.device("cpu")
 SIZES = [1, 2, 3, 4, 6, 8, 12, 24]
 
@@ -41,7 +41,7 @@ def config_of(*overrides):
 
 @pytest.fixture
 def tried(monkeypatch):
-    """Real updates, of which those of more clips of a source than its limit find no memory."""
+    """Real updates that run out of memory with more clips of a source than its limit."""
     clips_tried, limits = [], {}
 
     def make(task, device, precision, clips, *, source, **options):
@@ -94,7 +94,7 @@ def test_where_nothing_fits_the_remedies_are_named(tried):
         find(config_of(), SIZES, _=0)
 
 
-def test_on_a_cpu_a_process_takes_its_share_in_one_pass_unless_told_otherwise():
+def test_on_a_cpu_a_process_takes_its_share_in_one_pass_by_default():
     for overrides, expected in (((), 4), (("engine.micro_batch=2",), 2)):
         task = Pretraining(config_of(*overrides))
         assert choose_plan(task, CPU, Processes(), "fp32").micro_batch == expected
@@ -111,13 +111,13 @@ def test_what_does_not_come_out_even_names_what_does():
 
 def test_mixing_and_batch_norms_need_pairs():
     path = CONFIGS / "finetune" / "k400_b.yaml"
-    given = ["data.train=x", "init_weights=x", "data.validation=null"]
-    config = load_config(FinetuneConfig, path, given)
+    overrides = ["data.train=x", "init_weights=x", "data.validation=null"]
+    config = load_config(FinetuneConfig, path, overrides)
     assert config.multiple == 2
     with pytest.raises(ConfigError, match=r"passes of pairs"):
         config.plan(384)
     without = load_config(
-        FinetuneConfig, path, [*given, "augmentation.mixup=0", "augmentation.cutmix=0"]
+        FinetuneConfig, path, [*overrides, "augmentation.mixup=0", "augmentation.cutmix=0"]
     )
     assert without.multiple == 1
     assert without.plan(384).micro_batch == 1
@@ -138,7 +138,7 @@ def dry_run(capsys, tool, *arguments):
 
 
 def table_of(output):
-    """Micro-batch -> passes per update, GB."""
+    """{micro-batch: (passes per update, GB)}"""
     rows = re.findall(r"^ +(\d+) +(\d+) +([\d.]+)$", output, re.MULTILINE)
     return {int(size): (int(passes), float(needed)) for size, passes, needed in rows}
 
@@ -179,8 +179,8 @@ def test_a_dry_run_goes_without_lists_and_tells_the_hours(capsys):
     sizes = ["recipe.batch_size=64", "recipe.epochs=8", "recipe.warmup_epochs=1", WIDE]
     options = ["--files", 640, "--clips-per-second", 0.5]
     config = CONFIGS / "pretrain" / "k400_hpm_s.yaml"
-    given = [config, "data.train=none.csv", "data.repeats=3", *sizes, SHALLOW]
-    code, output = dry_run(capsys, "pretrain", *given, *options)
+    arguments = [config, "data.train=none.csv", "data.repeats=3", *sizes, SHALLOW]
+    code, output = dry_run(capsys, "pretrain", *arguments, *options)
     assert code == 0, output
     assert "640 files to train on (none.csv), 3 clips of each" in output
     assert "8 epochs = 80 updates" in output

@@ -1,4 +1,4 @@
-"""Clips of other channels than RGB: an entry in the registry of decoders is all that they need."""
+"""Clips with other channels than RGB need only an entry in the registry of decoders."""
 
 import json
 
@@ -31,7 +31,7 @@ logging: {every_updates: 1, trackers: [jsonl]}
 
 
 class GreyReader(PyavReader):
-    """Gives the green of a video as its one channel."""
+    """Gives only the green channel of a video."""
 
     def _decode(self, indices):
         return super()._decode(indices)[..., 1:2]
@@ -56,21 +56,21 @@ def losses_of(run):
 
 @pytest.mark.slow
 def test_one_channel_trains_from_the_config(videos, labelled_videos, config_file, tmp_path):
-    given = [
+    options = [
         *GREY,
         f"data.train={videos / 'train'}",
         f"data.validation={videos / 'validation'}",
         f"output_dir={tmp_path / 'run'}",
         "model.decoder={dim: 16, depth: 1, num_heads: 2}",
     ]
-    run = pretrain(load_config(PretrainConfig, config_file, given))
+    run = pretrain(load_config(PretrainConfig, config_file, options))
     assert torch.tensor(losses_of(run)).isfinite().all()
     assert list((run / "pictures").glob("*.png"))
     last = run / "checkpoints" / "last"
     of_one_channel = 2 * 8 * 8
     shapes = [tuple(value.shape) for value in load_file(last / "model.safetensors").values()]
     assert any(of_one_channel in shape for shape in shapes)
-    given = [
+    options = [
         *GREY,
         f"data.train={labelled_videos / 'train'}",
         f"data.validation={labelled_videos / 'validation'}",
@@ -79,7 +79,7 @@ def test_one_channel_trains_from_the_config(videos, labelled_videos, config_file
         "augmentation.rand_augment=null",
         "recipe.batch_size=2",
     ]
-    run = finetune(load_config(FinetuneConfig, config_file, given))
+    run = finetune(load_config(FinetuneConfig, config_file, options))
     assert torch.tensor(losses_of(run)).isfinite().all()
 
 

@@ -35,12 +35,12 @@ def config_of(finetune_config):
 
 @pytest.fixture
 def start(config_of, without_curves):
-    """Fine-tune in this process, or go on, without a test."""
+    """Start or continue fine-tuning in this process, without the final test."""
     return lambda run, *overrides: run_finetuning(config_of(run, *overrides))
 
 
 def folder_tested(run):
-    """The folder of the only test of a run."""
+    """The folder of a run's only test."""
     (folder,) = (run / "test").iterdir()
     return folder
 
@@ -60,16 +60,16 @@ def test_the_script_fine_tunes_and_tests(finetuned_run):
     assert result["chance"] == pytest.approx(1 / 3)
     assert result["videos"] == 6
     assert result["excluded"] == 0
-    how = result["test"]
-    assert (how["checkpoint"].rsplit("/")[-1], how["chosen_as"]) == ("update-00000030", "last")
-    assert (how["weights"], how["clips"], how["crops"]) == ("average", 2, 2)
+    test = result["test"]
+    assert (test["checkpoint"].rsplit("/")[-1], test["chosen_as"]) == ("update-00000030", "last")
+    assert (test["weights"], test["clips"], test["crops"]) == ("average", 2, 2)
     losses = [line["loss"] for line in lines_of(finetuned_run, "train")]
     assert len(losses) == 30
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
     measures = lines_of(finetuned_run, "validation")
     assert [line["update"] for line in measures] == [0, 15, 30]
     assert {"top1", "cross_entropy"} <= set(measures[-1])
-    assert "top5" not in measures[-1], "there are three classes"
+    assert "top5" not in measures[-1], "there are only three classes"
 
 
 def test_predictions_are_those_of_every_video_once(finetuned_run, labelled_videos):
@@ -89,7 +89,7 @@ def test_predictions_are_those_of_every_video_once(finetuned_run, labelled_video
 
 def test_what_the_script_says(finetuned_run):
     output = (finetuned_run.parent / "output.txt").read_text()
-    for said in (
+    for line in (
         "start from weights of",
         "start fresh: fc_norm.weight, fc_norm.bias, head.weight, head.bias",
         "the last checkpoint (average of update 30), 2 x 2 views of each video",
@@ -100,7 +100,7 @@ def test_what_the_script_says(finetuned_run):
         str(finetuned_run / "report.html"),
         "tools/predict.py",
     ):
-        assert said in output, said
+        assert line in output, line
     assert (folder_tested(finetuned_run) / "confusion.png").read_bytes()[:4] == b"\x89PNG"
     assert (finetuned_run / "curves.png").exists()
 
@@ -177,23 +177,23 @@ def test_an_encoder_of_another_size_is_refused_before_anything_is_written(start,
     assert not run.exists()
 
 
-def test_evaluate_says_what_the_run_said_over_any_number_of_processes(
+def test_evaluate_agrees_with_the_run_on_any_number_of_processes(
     finetuned_run, labelled_videos, run_tool, tmp_path
 ):
     checkpoint = finetuned_run / "checkpoints" / "last"
     arguments = [checkpoint, labelled_videos / "validation", "--weights", "average"]
     arguments += ["--views", "2x2", "--device", "cpu", "--workers", "0"]
     arguments += ["--output", tmp_path / "output"]
-    code, said = run_tool("evaluate", *arguments, processes=4)
-    assert code == 0, said
-    assert said.count("top-1 ") == 1, "only the first process reports"
+    code, text = run_tool("evaluate", *arguments, processes=4)
+    assert code == 0, text
+    assert text.count("top-1 ") == 1, "only the first process reports"
     expected, result = result_of(folder_tested(finetuned_run)), result_of(tmp_path / "output")
     for key in expected.keys() - {"test", "folder"}:
         assert result[key] == expected[key]
     assert rows_of(tmp_path / "output") == rows_of(folder_tested(finetuned_run))
-    code, said = run_tool("evaluate", *arguments)
+    code, text = run_tool("evaluate", *arguments)
     assert code == 2
-    assert "holds a result already; take another --output, or --overwrite" in said
+    assert "holds a result already; take another --output, or --overwrite" in text
 
 
 def test_bad_videos_stop_a_test_with_their_list_or_count_as_wrong(
@@ -206,16 +206,16 @@ def test_bad_videos_stop_a_test_with_their_list_or_count_as_wrong(
     checkpoint = finetuned_run / "checkpoints" / "last"
     output = tmp_path / "output"
     options = ["--weights", "average", "--views", "1x1", "--device", "cpu", "--output", output]
-    code, said = call_tool("evaluate", checkpoint, videos, *options)
+    code, text = call_tool("evaluate", checkpoint, videos, *options)
     assert code == 2
-    assert "2 of 8 videos do not decode" in said
-    assert f"{videos}/red/a.mp4: " in said
-    assert f"{videos}/blue/z.mp4: the file is empty" in said
+    assert "2 of 8 videos do not decode" in text
+    assert f"{videos}/red/a.mp4: " in text
+    assert f"{videos}/blue/z.mp4: the file is empty" in text
     assert not output.exists()
 
-    code, said = call_tool("evaluate", checkpoint, videos, *options, "--exclude-bad-files")
-    assert code == 0, said
-    assert "2 of them do not decode: excluded, and counted as wrong" in said
+    code, text = call_tool("evaluate", checkpoint, videos, *options, "--exclude-bad-files")
+    assert code == 0, text
+    assert "2 of them do not decode: excluded, and counted as wrong" in text
     result = result_of(output)
     assert (result["videos"], result["excluded"]) == (8, 2)
     assert result["top1"] <= 6 / 8
@@ -275,13 +275,13 @@ def test_probes_of_a_pretrained_encoder(finished_run, labelled_videos, call_tool
     with pytest.raises(SystemExit, match="2"):
         call_tool(*arguments, "--probes", "knn", "linear")
     assert "--probes linear trains, and leaves a run: say where" in capsys.readouterr().err
-    code, said = call_tool(*arguments, "--probes", "knn")
+    code, text = call_tool(*arguments, "--probes", "knn")
     assert code == 2
     assert not (finished_run / "probes").exists()
-    assert "--neighbours must be at most the number of training videos, 9, got 200" in said
+    assert "--neighbours must be at most the number of training videos, 9, got 200" in text
 
     output = tmp_path / "probes"
-    code, said = call_tool(
+    code, text = call_tool(
         *arguments,
         "--probes",
         "knn",
@@ -303,14 +303,14 @@ def test_probes_of_a_pretrained_encoder(finished_run, labelled_videos, call_tool
         "recipe.base_lr=1",
         "logging.trackers=[jsonl]",
     )
-    assert code == 0, said
+    assert code == 0, text
     found = json.loads((output / "probe.json").read_text())["probes"]
     names = ["3 nearest neighbours", "5 nearest neighbours", "logistic regression"]
     assert list(found) == [*names, "linear", "attentive"]
     assert all(result["videos"] == 6 for result in found.values())
     assert max(result["top1"] for result in found.values()) > 0.5
     for name, result in found.items():
-        assert f"{name:28} {result['top1']:.3f}" in said
+        assert f"{name:28} {result['top1']:.3f}" in text
     kept = load_file(finished_run / "checkpoints/last/model.safetensors")
     for kind in ("linear", "attentive"):
         probed = load_file(output / kind / "checkpoints/last/model.safetensors")
@@ -341,8 +341,8 @@ def test_a_comparison_of_starts(finetune_config, run_tool, tmp_path):
     output = tmp_path / "comparison"
     arguments = ["compare_pretraining", finetune_config, "recipe.epochs=2"]
     arguments += ["recipe.warmup_epochs=0.5", "--base-lrs", "0.1", "0.2", "--seeds", "0"]
-    code, said = run_tool(*arguments, "--output", output)
-    assert code == 0, said
+    code, text = run_tool(*arguments, "--output", output)
+    assert code == 0, text
     trials = json.loads((output / "comparison.json").read_text())
     assert [(trial["start"], trial["base_lr"]) for trial in trials] == [
         ("pretrained", 0.1),
@@ -353,12 +353,12 @@ def test_a_comparison_of_starts(finetune_config, run_tool, tmp_path):
     for trial in trials:
         run = output / f"{trial['start']}-lr{trial['base_lr']:g}-seed0"
         assert result_of(folder_tested(run))["top1"] == trial["top1"]
-    assert said.count("<- best") == 2
-    assert said.count("start from weights of") == 2
-    assert said.count("the model starts from scratch") == 2
+    assert text.count("<- best") == 2
+    assert text.count("start from weights of") == 2
+    assert text.count("the model starts from scratch") == 2
     again = run_tool(*arguments, "--output", output)[1]
     assert again.count("is complete: 3 updates were made") == 4
-    assert again[again.index("top-1 of each seed") :] == said[said.index("top-1 of each seed") :]
+    assert again[again.index("top-1 of each seed") :] == text[text.index("top-1 of each seed") :]
 
 
 def test_a_run_goes_on_where_its_first_weights_are_gone(
@@ -366,7 +366,7 @@ def test_a_run_goes_on_where_its_first_weights_are_gone(
 ):
     run, source = tmp_path / "run", tmp_path / "source"
     shutil.copytree((finished_run / "checkpoints" / "last").resolve(), source)
-    options = [f"init_weights={source}", "data.num_frames=6"]  # positions are resized
+    options = [f"init_weights={source}", "data.num_frames=6"]  # which resizes positions
     finish(finetune(run, *options, place="update", number="SIGTERM"), code=75)
     shutil.rmtree(source)
     output = finish(finetune(run, *options))
@@ -392,7 +392,7 @@ def test_another_manifest_under_the_same_name_is_tested_anew(
     assert result_of(folder_tested(run))["videos"] == 5
 
 
-def test_nearest_neighbours_during_pretraining_are_told_and_change_nothing(
+def test_nearest_neighbours_during_pretraining_are_reported_and_change_nothing(
     config_file, finished_run, labelled_videos, without_curves, tmp_path, caplog
 ):
     run = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""What a fine-tuning run is assembled from: classes, the source's weights and its config."""
+"""The parts of a fine-tuning run: classes, the weights of its source, and its config."""
 
 import logging
 import shutil
@@ -76,7 +76,7 @@ def save(folder, config, **modules):
 
 @pytest.fixture(scope="module")
 def pretrained(load, tmp_path_factory):
-    """The checkpoint of a pre-training run: student and teacher with weights of their own."""
+    """The checkpoint of a pre-training run, in which student and teacher differ."""
     config = load(PretrainConfig)
     student, teacher = (randomise(build_student(config), seed) for seed in (1, 2))
     return save(tmp_path_factory.mktemp("pretrained"), config, model=student, teacher=teacher)
@@ -84,7 +84,7 @@ def pretrained(load, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def classified(load, tmp_path_factory):
-    """A checkpoint of a classifier of 5 classes."""
+    """A checkpoint of a classifier with 5 classes."""
     config = load(FinetuneConfig, "model.pretrained_grid=[8,14,14]")
     model = randomise(build_classifier(config, 5), 3)
     return save(tmp_path_factory.mktemp("classified"), config, model=model)
@@ -198,7 +198,7 @@ def test_a_classifier_without_a_final_norm_is_no_frozen_encoder(load, classified
 def test_weights_with_timms_names_that_are_no_checkpoint_are_to_be_imported(
     load, pretrained, tmp_path, kind
 ):
-    """Most of their names are ours."""
+    """Most of their names are the same as ours."""
     weights = load_file(pretrained / "model.safetensors")
     if kind == "an image model":
         weights["patch_embed.proj.weight"] = torch.zeros(16, 3, 8, 8)
@@ -232,7 +232,7 @@ def test_every_key_that_does_not_fit_is_named(load, pretrained, tmp_path):
         *(f"left over {name.replace('blocks.1.', 'blocks.7.')}" for name in second),
     }
     for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]), "nothing is taken of weights that do not fit"
+        assert torch.equal(value, before[name]), "weights that do not fit change nothing"
 
 
 def test_a_teacher_that_is_not_there(load, classified):
@@ -250,7 +250,7 @@ def test_the_grid_of_pretraining_is_taken_from_beside_the_weights(load, pretrain
 
     assert grid(f"init_weights={pretrained}") == (2, 4, 3)
     assert grid(f"init_weights={pretrained}", "data.num_frames=8") == (2, 4, 3)
-    assert grid(f"init_weights={classified}") == (8, 14, 14), "that which it began with itself"
+    assert grid(f"init_weights={classified}") == (8, 14, 14), "the grid of its own config"
     assert grid(f"init_weights={pretrained}", "model.pretrained_grid=[1,2,2]") == (1, 2, 2)
     assert grid(f"init_weights={pretrained / 'model.safetensors'}") == (2, 4, 3)
     assert grid("data.num_frames=8") is None
@@ -282,7 +282,7 @@ def test_an_encoder_of_another_shape_is_refused_with_what_differs(
     message = str(caught.value)
     assert f"init_weights={pretrained} is another one" in message
     assert message.endswith("Take its values.")
-    assert message.count(" -> ") == 2  # of the heading, and of the one field
+    assert message.count(" -> ") == 2  # in the heading and for one field
 
 
 def test_pixels_standardised_otherwise_are_pointed_out(load, pretrained, caplog):
@@ -315,7 +315,7 @@ def test_names_come_from_the_manifest_or_are_numbers(load):
     assert names_of(five, manifest_of(0, 1)) == ("0", "1", "2", "3", "4")
 
 
-def test_names_of_a_file_are_held_against_the_manifest(load, tmp_path):
+def test_names_of_a_file_are_compared_with_the_manifest(load, tmp_path):
     path = tmp_path / "names.txt"
     path.write_text("run, fast\njump\nstand\n")
     config = load(FinetuneConfig, f"data.label_names={path}")
@@ -408,7 +408,7 @@ def test_the_optimizer_is_the_configs(load):
 
 
 def decays(groups, model):
-    """The weight decay of every parameter, by name."""
+    """The weight decay of each parameter, by name."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
 

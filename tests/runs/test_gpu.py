@@ -1,5 +1,5 @@
-"""What only an accelerator can show, under ``-m gpu``, which lets tests see it. Without one these
-skip, or fail where HPM_REQUIRE_GPU=1."""
+"""Tests that need an accelerator, under ``-m gpu``, which lets tests see it. Without one they are
+skipped, or fail if HPM_REQUIRE_GPU=1."""
 
 import os
 from pathlib import Path
@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(
         not torch.cuda.is_available() and not REQUIRED, reason="no CUDA device, or no -m gpu"
     ),
-    pytest.mark.filterwarnings("default"),  # torch's own, while it traces
+    pytest.mark.filterwarnings("default"),  # torch itself warns while it traces
 ]
 
 

@@ -1,7 +1,7 @@
-"""Runs and tests on data among which are files that take the decoder down, as a user starts them.
+"""Training and testing, started as by a user, on data with files that crash the decoder.
 
-The decoder is a stand-in for decord: what real files do to real decoders is not the same on every
-machine, and a file that makes one hang is not to be had.
+The decoder is a stand-in for decord: the effect of real files on real decoders depends on the
+machine, and no file is known that makes one hang.
 """
 
 import csv
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 DECORD = '''
-"""It paints frames of its own. Some files take it down; they are known by their names."""
+"""A decoder that makes up frames, and crashes or hangs on some files, by their names."""
 import ctypes
 import os
 
@@ -40,7 +40,7 @@ class Frame:
 class VideoReader:
     def __init__(self, path, num_threads=1):
         self.path, self.at = str(path), 0
-        self.tried = not os.path.exists(self.path)  # the video by which a decoder is tried
+        self.tried = not os.path.exists(self.path)  # the video with which a decoder is tried out
 
     def __len__(self):
         return 2 if self.tried else 12
@@ -65,7 +65,7 @@ import os, sys
 from pathlib import Path
 from hpm_video.workers import pool
 
-class Clock:  # it runs while the one process that decodes hangs: no load makes other files late
+class Clock:  # it runs only while the single decoding process hangs, so no other file is late
     now, folder = 0.0, Path(sys.argv[1])
 
     def monotonic(self):
@@ -93,7 +93,7 @@ LIMITED = (
 
 @pytest.fixture
 def run(start_program, tmp_path):
-    """Run a program over ``tmp_path / "videos"``, in which some hang. -> exit code and output"""
+    """Run a program on ``tmp_path / "videos"``, of which some hang. -> exit code and output"""
     (tmp_path / "hpm_video").symlink_to(ROOT / "hpm_video")
     (tmp_path / "decord.py").write_text(DECORD)
 
@@ -107,7 +107,7 @@ def run(start_program, tmp_path):
 
 
 def among_hostile(folder, target):
-    """Copies of a folder of videos; beside its first video there are three more."""
+    """Copy a folder of videos, and add three hostile files beside its first video."""
     shutil.copytree(folder, target)
     first = sorted(target.rglob("*.mp4"))[0]
     return {shutil.copy(first, first.with_name(f"{name}.mp4")): name for name in REASONS}

@@ -26,7 +26,7 @@ from hpm_video.runs.pretraining import pretrain as run_pretraining
 from hpm_video.training import fast
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_curves")]
-TINY = "test_vit.r160_in1k"  # 64 wide, patches of 16, images of 160
+TINY = "test_vit.r160_in1k"  # width 64, patches of 16, images of 160
 TINTS = ("red", "green", "blue")
 COMMON = """
 engine: {precision: fp32, threads: 1, device: cpu}
@@ -67,7 +67,7 @@ test: {{clips: 1, crops: 1}}
 
 
 def picture(seed: int, tint: int) -> Image.Image:
-    """Blocks of a tint, as people's pictures are: of any size."""
+    """Tinted blocks. Sizes vary, as in real data."""
     rng = np.random.default_rng(seed)
     height, width = rng.integers(36, 70, 2)
     blocks = np.kron(rng.integers(0, 120, (9, 9, 3)), np.ones((8, 8, 1)))[:height, :width]
@@ -118,11 +118,11 @@ def test_a_run_on_images_learns_measures_and_draws(image_run):
     assert len(list((image_run / "pictures").glob("*.png"))) == 3, "after 8, 16 and 20 epochs"
 
 
-@pytest.mark.filterwarnings("default")  # torch's own, while it traces
+@pytest.mark.filterwarnings("default")  # torch itself warns while it traces
 def test_images_are_fine_tuned_and_tested_by_the_same_programs(
     image_run, images, tmp_path, monkeypatch, caplog
 ):
-    """The second time with blocks that are traced as if to compile them."""
+    """The second time blocks are traced as if they were to be compiled."""
     monkeypatch.setattr(fast, "HOW", TRACED)
     caplog.set_level("INFO")
     start = image_run / "checkpoints" / "last"
@@ -137,8 +137,8 @@ def test_images_are_fine_tuned_and_tested_by_the_same_programs(
         before = load_file(start / "model.safetensors")["cls_token"]
         after = load_file(run / "checkpoints" / "last" / "model.safetensors")["cls_token"]
         assert not torch.equal(before, after)
-        said = caplog.text.count("compiling (engine.compile=blocks)")
-        assert said == (2 if mode == "blocks" else 0), "for training and for the test"
+        reports = caplog.text.count("compiling (engine.compile=blocks)")
+        assert reports == (2 if mode == "blocks" else 0), "for training and for the test"
     assert ", compiled (blocks)" in caplog.text
 
 
@@ -155,13 +155,13 @@ def test_tools_take_images(image_run, images, call_tool, tmp_path):
     checkpoint = image_run / "checkpoints" / "last"
     one = images / "validation" / "red" / "1.JPEG"
     png = images / "validation" / "red" / "0.png"
-    code, said = call_tool("show_masks", checkpoint, png, "--output", png.parent)
+    code, text = call_tool("show_masks", checkpoint, png, "--output", png.parent)
     assert code == 2
-    assert "would overwrite" in said
-    code, said = call_tool("show_masks", checkpoint, one, "--output", tmp_path / "pictures")
-    assert (code, [path.name for path in (tmp_path / "pictures").iterdir()]) == (0, ["1.png"]), said
+    assert "would overwrite" in text
+    code, text = call_tool("show_masks", checkpoint, one, "--output", tmp_path / "pictures")
+    assert (code, [path.name for path in (tmp_path / "pictures").iterdir()]) == (0, ["1.png"]), text
     few = ("recipe.epochs=2", "recipe.warmup_epochs=1", "recipe.batch_size=6")
-    code, said = call_tool(
+    code, text = call_tool(
         "probe",
         checkpoint,
         "--train",
@@ -182,7 +182,7 @@ def test_tools_take_images(image_run, images, call_tool, tmp_path):
         "engine.micro_batch=6",
         "engine.threads=1",
     )
-    assert code == 0, said
+    assert code == 0, text
     probes = json.loads((tmp_path / "probe" / "probe.json").read_text())["probes"]
     assert [*probes] == ["3 nearest neighbours", "linear_images"]
     assert probes["3 nearest neighbours"]["top1"] >= 4 / 6, "three tints are easy"
@@ -226,23 +226,23 @@ def test_other_weights_of_a_feature_model_are_refused_and_moved_ones_taken(image
     options += ["model.patch_size=[1,16,16]", "checkpoint.every_updates=2"]
 
     def start(file: Path, *more: str) -> Path:
-        given = f"mining.feature_weights={file}"
-        return run_pretraining(load_images_config(tmp_path, images, *options, given, *more))
+        override = f"mining.feature_weights={file}"
+        return run_pretraining(load_images_config(tmp_path, images, *options, override, *more))
 
     run = start(files[0])
     newest = (run / "checkpoints" / "last").resolve()
-    shutil.rmtree(newest)  # so that there is something left to do
+    shutil.rmtree(newest)  # so that some updates are left to do
     with pytest.raises(ConfigError, match="began with other weights than mining.feature_weights"):
         start(files[1])
     files[0].rename(moved := tmp_path / "moved.safetensors")
     assert (start(moved) / "checkpoints" / "last").resolve() == newest
     moved.unlink()
-    start(moved)  # it is complete, and needs them no more
+    start(moved)  # it is complete, and no longer needs the weights
 
 
 @pytest.fixture(scope="module")
 def mix(images) -> list[str]:
-    """Overrides that mix images into the tiny run on videos: every third update."""
+    """Overrides that mix images into the tiny run on videos, in every third update."""
     values = {
         "weight": 0.5,
         "data.train": images / "train",

@@ -1,4 +1,4 @@
-"""What runs leave behind that are killed at other places than checkpoints, or that nobody reads."""
+"""What runs leave if they are killed away from checkpoints, or nobody reads their output."""
 
 import os
 import signal
@@ -84,12 +84,12 @@ def test_pictures_that_a_kill_interrupted_are_drawn_at_the_next_start(
 
 
 def test_a_killed_run_leaves_no_temporary_files_for_ever(config_file, tmp_path):
-    """Be one process of it killed or all, in processes that share nothing with those of the tests,
-    as a user starts them."""
+    """One process or all of them are killed. They are started as by a user, and share nothing with
+    those of the tests."""
     for name in ("t", "t/hpmv-of-a-user", "import"):
         (tmp_path / name).mkdir()
     (tmp_path / "import" / "hpm_video").symlink_to(ROOT / "hpm_video")
-    temporary = tmp_path / "t"  # sockets in there have short paths
+    temporary = tmp_path / "t"  # paths of sockets must be short
     environment = {"TMPDIR": str(temporary), "PYTHONPATH": str(tmp_path / "import")}
 
     def run(code) -> int:
@@ -121,7 +121,7 @@ def test_a_run_whose_output_nobody_reads_goes_on(start_program, config_file, tmp
 
 
 def test_only_what_a_dead_process_began_is_deleted(tmp_path):
-    dead = 2**22 + 1  # beyond the numbers that Linux gives
+    dead = 2**22 + 1  # above the highest process id on Linux
     names = [
         f".a.{dead}.part.png",
         f".part_0.{dead}.part.npy",

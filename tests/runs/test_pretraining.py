@@ -1,4 +1,4 @@
-"""Runs: what they leave, and, in processes of their own, what becomes of them when disturbed."""
+"""Runs: what they leave, and how they go on after being interrupted in their own processes."""
 
 import json
 import os
@@ -26,16 +26,16 @@ from hpm_video.training.checkpoint import checkpoints_in, read_optimizer, read_s
 
 pytestmark = pytest.mark.slow
 BLIND = "data.validation=null"
-"""Nothing is measured or drawn. Weights are the same: the finished run did both."""
+"""No measures, no pictures. Weights must equal those of the finished run, which has both."""
 
 
 @pytest.fixture
 def start(config_file, without_curves):
-    """Pre-train in this process, or go on."""
+    """Start or continue pre-training in this process."""
 
     def run(folder, *overrides):
-        given = [f"output_dir={folder}", *overrides]
-        return run_pretraining(load_config(PretrainConfig, config_file, given))
+        options = [f"output_dir={folder}", *overrides]
+        return run_pretraining(load_config(PretrainConfig, config_file, options))
 
     return run
 
@@ -111,7 +111,7 @@ def test_a_checkpoint_speaks_for_itself(finished_run):
         ("update", 0, 5),  # in the middle of an epoch
         ("update", 2, 5),
         ("writing", 0, 10),  # the third checkpoint, after update 14, half written
-        ("linking", 0, 14),  # the third checkpoint, not named yet
+        ("linking", 0, 14),  # the third checkpoint, before it is named
     ],
 )
 def test_killed_and_started_again_ends_with_the_same_bits(
@@ -167,7 +167,7 @@ def test_killed_at_the_very_end_names_its_checkpoints_at_the_next_start(
 def test_sigterm_saves_at_the_next_update_and_says_so_with_its_exit_code(
     pretrain, start, finished_run, tmp_path
 ):
-    """All processes of a job get the signal, as a scheduler sends it."""
+    """All processes of a job get the signal, as from a scheduler."""
     run = tmp_path / "run"
     output = finish(
         pretrain(run, "data.workers=2", BLIND, place="update", number="SIGTERM"), code=75
@@ -184,7 +184,7 @@ def test_a_run_that_never_began_does_not_bind(start, tmp_path):
     with pytest.raises(CheckpointError, match=r"nothing\.safetensors does not exist"):
         start(run, "init_weights=nothing.safetensors")
     (run / "checkpoints").mkdir(parents=True)
-    (run / "config.yaml").touch()  # as if killed while writing it
+    (run / "config.yaml").touch()  # as if it was killed while writing this
     start(run, "recipe.epochs=1", BLIND)
 
 
@@ -205,7 +205,7 @@ def test_accumulation_and_micro_batches_compute_the_same(start, finished_run, tm
         for folder in (tmp_path / "run", finished_run)
     )
     for key, tensor in ours.items():
-        if key != "difficulty_decoder.head.bias":  # no true gradient: Adam amplifies rounding
+        if key != "difficulty_decoder.head.bias":  # its true gradient is 0: Adam amplifies rounding
             torch.testing.assert_close(tensor, theirs[key], rtol=1e-3, atol=1e-4)
 
 
@@ -288,7 +288,7 @@ def test_bad_files_are_named_counted_and_end_the_run_above_the_share(
 
 
 def test_the_shell_script_runs_it_from_anywhere(config_file, tmp_path):
-    """The command of the README, with an environment that is there already."""
+    """This is the command of the README, with an existing environment."""
     script = Path(__file__).parents[2] / "run_pretrain.sh"
     run = tmp_path / "run"
     output = subprocess.run(

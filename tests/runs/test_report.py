@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs no other."""
+"""The report of a run: an HTML file that needs no other file."""
 
 import json
 from html.parser import HTMLParser
@@ -15,7 +15,7 @@ VOID = {"meta", "img", "br"}
 
 
 class Page(HTMLParser):
-    """The texts, tables and pictures of a page whose elements are all closed."""
+    """Texts, tables and pictures of a page; checks that all elements are closed."""
 
     def __init__(self, text):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is read in the directory of a run: nothing is lost, and what is damaged is said."""
+"""Reading the directory of a run: nothing is lost, and damage is reported."""
 
 import fcntl
 import json
@@ -27,12 +27,12 @@ UPDATES = ["update-00000005", "update-00000007"]
 
 @pytest.fixture(scope="module")
 def start(config_file):
-    """Pre-train for 7 updates in this process, or go on."""
+    """Pre-train for 7 updates in this process, or continue."""
 
     def run(folder, *overrides):
         short = ("data.validation=null", "recipe.epochs=2", "checkpoint.keep_last=2")
-        given = [f"output_dir={folder}", *short, *overrides]
-        return pretrain(load_config(PretrainConfig, config_file, given))
+        options = [f"output_dir={folder}", *short, *overrides]
+        return pretrain(load_config(PretrainConfig, config_file, options))
 
     return run
 
@@ -44,7 +44,7 @@ def short_run(start, tmp_path_factory):
 
 @pytest.fixture
 def run(short_run, tmp_path):
-    """A copy of a complete run, with checkpoints before updates 5 and 7."""
+    """A copy of a complete run with checkpoints before updates 5 and 7."""
     shutil.copytree(short_run, tmp_path / "run", symlinks=True)
     return tmp_path / "run"
 
@@ -78,7 +78,7 @@ def test_what_has_the_name_of_a_checkpoint_and_is_none_is_refused(start, run, ne
 def test_what_another_process_writes_is_not_read(
     start, run, newest, program, labelled_videos, tmp_path
 ):
-    (newest / "state.json").write_text("{")  # as of a checkpoint that is just being deleted
+    (newest / "state.json").write_text("{")  # as in a checkpoint that is being deleted
     (newest / "config.yaml").unlink()
     text = f"data: {{train: {labelled_videos / 'train'}}}\nrecipe: {{batch_size: 6, epochs: 20}}\n"
     (tmp_path / "config.yaml").write_text(text)
@@ -90,13 +90,13 @@ def test_what_another_process_writes_is_not_read(
 
 
 def test_a_state_that_says_too_little_is_named_with_the_remedy(start, run, newest):
-    """Other such states: tests/training/test_checkpoint.py."""
+    """More such states are in tests/training/test_checkpoint.py."""
     (newest / "state.json").write_text('{"update": 7}')
     with pytest.raises(CheckpointError, match=r"state.json cannot be read, or lacks .*delete it"):
         start(run)
 
 
-def test_an_older_checkpoint_that_cannot_be_read_is_told_before_training(start, run, newest):
+def test_an_older_checkpoint_that_cannot_be_read_is_reported_before_training(start, run, newest):
     shutil.rmtree(newest)
     before = newest.with_name(UPDATES[0])
     shutil.copytree(before, newest.with_name("update-00000002"))
@@ -145,7 +145,7 @@ def test_damaged_files_of_a_run_are_named_with_a_remedy_for_this_run(
     start, run, newest, file, damage
 ):
     before = newest.with_name(UPDATES[0])
-    shutil.rmtree(newest)  # a run that is complete reads no optimizer
+    shutil.rmtree(newest)  # a complete run reads no optimizer
     path = before / f"{file}.safetensors"
     if damage == "a flipped bit":
         flip_a_bit(path)
@@ -176,7 +176,7 @@ def test_weights_of_a_damaged_checkpoint_begin_no_run_and_are_not_shown(start, n
         load_run(newest, "cpu")
 
 
-def test_a_checkpoint_of_before_checksums_goes_on_and_is_told_once(start, run, newest, caplog):
+def test_a_checkpoint_older_than_checksums_goes_on_and_is_reported_once(start, run, newest, caplog):
     shutil.rmtree(newest)
     without_checksums(newest.with_name(UPDATES[0]))
     with caplog.at_level("INFO"):

@@ -88,7 +88,7 @@ def test_chance_of_a_patch_that_is_not_hard_to_be_hidden_anyway():
     masked = choose_masked(difficulty, priority, num_masked=147, num_hardest=73)
     others = masked[:, : 196 - 73].float()
     assert others.mean().item() == pytest.approx(74 / 123, abs=1e-6)
-    assert (others.mean(dim=0) - 74 / 123).abs().max() < 0.04  # five deviations of 4000 draws
+    assert (others.mean(dim=0) - 74 / 123).abs().max() < 0.04  # five standard errors of 4000 draws
 
 
 def test_easiest_hides_what_scores_lowest():

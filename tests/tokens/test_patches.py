@@ -79,7 +79,7 @@ def test_a_patch_of_one_colour_has_a_finite_target(kind):
 
 
 def test_pixels_of_another_type_are_refused():
-    """Of numbers from 0 to 1 features would come out, and be wrong."""
+    """Pixels from 0 to 1 would silently give wrong features."""
     mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
     with pytest.raises(TypeError, match=r"must be uint8, from 0 to 255, got torch.float32; where"):
         normalise(torch.rand(1, 3, 2, 8, 8), mean, std)

@@ -1,4 +1,4 @@
-"""What the documentation says can be run, can be run; and the site is built without a warning."""
+"""Everything that the documentation says to run does run, and the site builds without warnings."""
 
 import re
 import shutil
@@ -20,11 +20,11 @@ PAGES = (
     *sorted(ROOT.glob("datasets/*/README.md")),
 )
 NOT_RUN = ("compare_pretraining.py", "--processes", "probe.py", "bench.py")
-"""In commands that need more data or time than a test has: their options alone are looked up."""
+"""These commands need more data or time than a test has: only their options are checked."""
 
 
 def commands(first: str) -> list[list[str]]:
-    """The commands in all pages that start a program so, as words, each once."""
+    """All different commands on the pages that start with ``first``, split into words."""
     found = {}
     for page in PAGES:
         for line in page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
@@ -35,7 +35,7 @@ def commands(first: str) -> list[list[str]]:
 
 
 def starts() -> list[list[str]]:
-    """Starts of the two scripts with a config that is shipped."""
+    """Commands with one of the two scripts and a shipped config."""
     return [words for words in commands("./run_") if words[1:] and words[1].startswith("configs/")]
 
 
@@ -63,7 +63,7 @@ def test_runs_that_are_named_come_from_a_config_or_a_command():
 
 @pytest.fixture(scope="module")
 def stand_in(videos, labelled_videos, finished_run, finetuned_run, start_program, tmp_path_factory):
-    """What stands for a word of a command. -> a function"""
+    """A function that replaces a word of a command with something that exists."""
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(labelled_videos / "train", folder / "my_videos")
     checkpoint, classifier = (run / "checkpoints" / "last" for run in (finished_run, finetuned_run))
@@ -109,10 +109,10 @@ def test_a_command_can_be_run(words, call_tool, capsys, stand_in, tmp_path):
         output = capsys.readouterr().out
         assert [word for word in arguments if word[:2] == "--" and word not in output] == []
         return
-    given = [word for argument in arguments for word in stand_in(tool, argument)]
-    given += ["--output", str(tmp_path)] if tool in ("show_masks.py", "split.py") else []
-    given += ["--share", "0.4"] if tool == "split.py" else []  # of three videos of a class
-    code, output = call_tool(tool.removesuffix(".py"), *given)
+    options = [word for argument in arguments for word in stand_in(tool, argument)]
+    options += ["--output", str(tmp_path)] if tool in ("show_masks.py", "split.py") else []
+    options += ["--share", "0.4"] if tool == "split.py" else []  # enough of three videos per class
+    code, output = call_tool(tool.removesuffix(".py"), *options)
     assert code == 0, output
 
 

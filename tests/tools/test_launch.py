@@ -1,4 +1,4 @@
-"""The launchers, with real processes: small programs, most of which need no torch."""
+"""The launchers, with real processes: small programs, most of them without torch."""
 
 import json
 import os
@@ -12,12 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny_runs import alive
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "tools" / "launch.py"
-# The launcher with other constants: its patience is none, or has no end.
+# The launcher with other constants: it is never patient, or always.
 LAUNCH_WITH = """
 import sys
 sys.path.insert(0, "tools")
@@ -28,8 +29,8 @@ sys.exit(launch.main(sys.argv[3:]))
 FOREVER = 1e9
 
 WHO = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
-# The processes of a job add up their ranks, as torch's would, but by sockets: to import torch
-# takes seconds. TOLD is what each writes down, ADDED how torch does it.
+# The processes of a job add up their ranks through sockets, since importing torch takes seconds.
+# TOLD is what each of them writes down; REDUCE adds up with torch.
 TOLD = """
 import json, os, socket, sys, time
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
@@ -74,8 +75,7 @@ def total():
 """
     + TOLD
 )
-# Counts how often it is asked to stop. Where there is a HOLD it waits, once it was asked, until
-# there is such a file.
+# Counts how often it is asked to stop. With a HOLD, it then waits until that file exists.
 STOPPABLE = """
 import pathlib
 asked = []
@@ -89,21 +89,21 @@ while not asked:
 while "HOLD" in os.environ and not pathlib.Path(os.environ["HOLD"]).exists():
     time.sleep(0.02)
 (place / f"asked{rank}").write_text(str(len(asked)))
-for number in (signal.SIGTERM, signal.SIGINT):  # a later one would end the end of the interpreter
+for number in (signal.SIGTERM, signal.SIGINT):  # a later one would interrupt the shutdown
     signal.signal(number, signal.SIG_IGN)
 sys.exit({signal.SIGTERM: 75, signal.SIGINT: 130}[asked[0]])
 """
 
 
 def with_usual_signals():
-    """Tests that nohup started, or a shell in its background, ignore these signals."""
+    """Tests ignore these signals if nohup or a background shell started them."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture
 def started():
-    """Starts launchers, and leaves none of their processes behind."""
+    """Start launchers, and kill those of their processes that are left at the end."""
     launchers = []
 
     def start(command, **variables):
@@ -129,7 +129,7 @@ def started():
     yield start
     for launcher in launchers:
         if launcher.poll() is None:
-            launcher.terminate()  # which it passes on
+            launcher.terminate()  # it passes this on
         launcher.communicate()
 
 
@@ -145,14 +145,14 @@ def finish(launcher):
 
 
 def wait_for(path):
-    """The content of a file that another process writes."""
+    """Wait for a file that another process writes. -> its content"""
     while not path.exists() or not path.read_text():
         time.sleep(0.02)
     return path.read_text()
 
 
 def wait_for_looks(launcher):
-    """Until a launcher has looked at its processes and requests again: it sleeps in between."""
+    """Wait until a launcher has checked its processes and signals again: it sleeps in between."""
 
     def sleeps():
         status = Path(f"/proc/{launcher.pid}/status").read_text()
@@ -163,16 +163,8 @@ def wait_for_looks(launcher):
         time.sleep(0.02)
 
 
-def runs(pid):
-    """Whether a process is there and no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def wait_for_end(pid):
-    while runs(pid):
+    while alive(pid):
         time.sleep(0.02)
 
 
@@ -184,7 +176,7 @@ def read_found(folder):
 
 
 def test_two_jobs_at_once(tmp_path, started):
-    """Each is told who it is, and neither meets the other's processes."""
+    """Each process learns its rank, and neither job meets the other's processes."""
     program = write_program(tmp_path, MEET)
     jobs = []
     for name in ("one", "two"):
@@ -215,10 +207,10 @@ def test_exit_code_is_the_programs(tmp_path, started, code):
     status, out, err = finish(started([sys.executable, LAUNCH, "--processes", 2, program]))
     assert (status, out) == (code, "")
     assert ("ended with code 1, and the job with it" in err) == (code == 1)
-    assert (err == "") == (code != 1)  # of a wrong input the program itself tells
+    assert (err == "") == (code != 1)  # a program reports a wrong input itself
 
 
-# Writes down its number, and can wait until the launcher has noticed the end of another.
+# Writes down its process id, and can wait until the launcher notices that another one ended.
 ENDS = f"""{WHO}
 import pathlib
 place = pathlib.Path(os.environ["FOUND"])
@@ -241,7 +233,7 @@ def launch_with(settle, ending, processes, program):
     return [sys.executable, "-c", LAUNCH_WITH, settle, ending, "--processes", processes, program]
 
 
-def test_others_of_one_that_fails_may_have_their_say(tmp_path, started):
+def test_when_one_fails_the_others_may_report(tmp_path, started):
     text = "if rank == 1: sys.exit(3)\nwait_for_end_of(1)\nprint('the message')\nsys.exit(1)"
     program = write_program(tmp_path, ENDS + text)
     job = started(launch_with(FOREVER, FOREVER, 2, program), FOUND=tmp_path)
@@ -251,7 +243,7 @@ def test_others_of_one_that_fails_may_have_their_say(tmp_path, started):
     assert "ended with code 3, and the job with it" in err
 
 
-def test_others_of_one_that_fails_are_ended(tmp_path, started):
+def test_when_one_fails_the_others_are_ended(tmp_path, started):
     program = write_program(tmp_path, ENDS + "if rank == 1: sys.exit(3)\nwait_for_end_of(0)")
     job = started(launch_with(0, FOREVER, 2, program), FOUND=tmp_path)
     status, _, err = finish(job)
@@ -261,7 +253,7 @@ def test_others_of_one_that_fails_are_ended(tmp_path, started):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_killed_process_is_named_and_ends_the_job(tmp_path, started, number):
-    """The first that ends is another, as when a broken connection is noticed early."""
+    """Another one ends first, as when it notices a broken connection early."""
     text = (
         "pid_of(2)\n"
         "if rank == 0: sys.exit(1)\n"
@@ -307,7 +299,7 @@ def test_others_that_do_not_end_are_killed(tmp_path, started):
     ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 75)]
 )
 def test_a_stop_is_passed_on_once(tmp_path, started, number, code):
-    """Also where SIGTERM comes twice."""
+    """Even if SIGTERM comes twice."""
     program = write_program(tmp_path, WHO + STOPPABLE)
     hold = tmp_path / "may end"
     job = started([sys.executable, LAUNCH, "--processes", 2, program], FOUND=tmp_path, HOLD=hold)
@@ -326,7 +318,7 @@ def test_a_stop_is_passed_on_once(tmp_path, started, number, code):
 
 
 def test_ctrl_c_of_a_terminal_reaches_the_processes_once(tmp_path, started):
-    """It goes to the whole process group."""
+    """The terminal sends it to the whole process group."""
     program = write_program(tmp_path, WHO + STOPPABLE)
     hold = tmp_path / "may end"
     job = started([sys.executable, LAUNCH, "--processes", 2, program], FOUND=tmp_path, HOLD=hold)
@@ -351,7 +343,7 @@ def test_a_stop_that_lasts_too_long(tmp_path, started):
     assert status == 1
     assert "did not end in time; killed: rank 0, 1 on" in err
     assert "HPM_GRACE=SECONDS" in err
-    assert not any(map(runs, pids))
+    assert not any(map(alive, pids))
 
 
 def test_a_second_ctrl_c_ends_them_at_once(tmp_path, started):
@@ -366,11 +358,11 @@ def test_a_second_ctrl_c_ends_them_at_once(tmp_path, started):
     status, _, err = finish(job)
     assert status == 130
     assert "stopped by a second Ctrl-C" in err
-    assert not any(map(runs, pids))
+    assert not any(map(alive, pids))
 
 
 def test_the_first_may_save_while_others_have_ended(tmp_path, started):
-    """A stop that did not come through the launcher."""
+    """The stop did not come through the launcher."""
     text = "if rank == 0: wait_for_end_of(1); print('saved')\nsys.exit(75)"
     program = write_program(tmp_path, ENDS + text)
     job = started([sys.executable, LAUNCH, "--processes", 2, program], FOUND=tmp_path)
@@ -433,7 +425,7 @@ def test_torchrun_starts_the_same_programs(tmp_path, started):
 
 # --- Slurm --------------------------------------------------------------------------------------
 
-# Starts the command once per node, as srun does, and ends with the highest exit code.
+# Starts the command once per node like srun, and returns the highest exit code.
 SRUN = """#!/usr/bin/env bash
 printf '%s\\n' "$@" >>"$FOUND/srun"
 while [[ $1 == -* ]]; do
@@ -458,7 +450,7 @@ if [[ $1 == show ]]; then printf '127.0.0.1\\n127.0.0.2\\n'; else echo "$@" >>"$
 
 @pytest.fixture
 def slurm(tmp_path, started):
-    """Runs the slurm script of a copy of the repository, whose programs are ``text``."""
+    """Run the Slurm script in a copy of the repository in which all programs are ``text``."""
     root = tmp_path / "a clone"
     shutil.copytree(ROOT / "tools", root / "tools")
     (root / "configs").mkdir()
@@ -508,7 +500,7 @@ def test_slurm_queues_a_stopped_run_again(slurm, tmp_path, program, code):
 
 
 def test_slurm_stops_at_the_time_limit(slurm, tmp_path):
-    """The signal goes to the processes of srun, launchers and workers, and not to the script."""
+    """The signal goes to srun's processes (launchers and workers), but not to the script."""
     job = slurm("pretrain", WHO + STOPPABLE, "configs/mine.yaml", SLURM_CPUS_PER_TASK=3)
     pids = [int(wait_for(tmp_path / f"ready{rank}")) for rank in (0, 1)]
     launcher = int(Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[1])
@@ -521,7 +513,7 @@ def test_slurm_stops_at_the_time_limit(slurm, tmp_path):
 
 
 def test_slurm_cancelled_is_not_queued_again(slurm, tmp_path):
-    """The script gets SIGTERM too, and ends."""
+    """The script gets SIGTERM too, and ends without requeueing."""
     job = slurm("pretrain", WHO + STOPPABLE, "configs/mine.yaml")
     pids = [int(wait_for(tmp_path / f"ready{rank}")) for rank in (0, 1)]
     for pid in (job.pid, *pids):

@@ -1,4 +1,4 @@
-"""What the launcher starts, by its options and by the variables that stand for them."""
+"""The launcher's options, and the environment variables that stand for them."""
 
 import importlib
 import os
@@ -85,7 +85,7 @@ def test_a_program_that_is_not_there(launch, capsys):
     ],
 )
 def test_one_process_takes_the_launchers_place(launch, monkeypatch, given, variables, more):
-    """Also a dry run of many: without the machines that the run itself needs."""
+    """So does a dry run of many processes, which needs no other machines."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
 

@@ -1,4 +1,4 @@
-"""Command lines of all programs: what they say of themselves, and that they say it soon."""
+"""Command lines of all programs: help and error messages, and that these come quickly."""
 
 import importlib
 import json
@@ -21,7 +21,7 @@ PROGRAMS = [
 ANSWERS = """
 import argparse, contextlib, importlib.util, io, json, os, sys
 from pathlib import Path
-import av, numpy, omegaconf, pandas, tqdm.contrib.logging  # once for all; torch is in none
+import av, numpy, omegaconf, pandas, tqdm.contrib.logging  # once; torch is in none
 
 def parsers_of(parser):
     yield parser
@@ -35,7 +35,7 @@ def remember(self, *arguments, original=argparse.ArgumentParser.parse_known_args
 
 argparse.ArgumentParser.parse_known_args = remember
 for path in sys.argv[1:]:
-    if os.fork():  # each program in a process of its own
+    if os.fork():  # each program in its own process
         os.wait()
         continue
     parsers, shown, codes = [], io.StringIO(), []
@@ -72,12 +72,12 @@ for path in sys.argv[1:]:
 """
 OF_ITS_OWN = {"--clips", "--decoder", "--labels", "--output", "--processes", "--seconds"}
 OF_ITS_OWN |= {"--tokens", "--train", "--validation", "--workers"}
-"""Names that mean something else in another program, or take more there."""
+"""Options that differ in meaning, or in allowed values, between programs."""
 
 
 @pytest.fixture(scope="module")
 def answers():
-    """What each program answers to --help and to a misspelt option."""
+    """The output of each program for --help and for a misspelt option."""
     command = [sys.executable, "-c", ANSWERS, *PROGRAMS]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert ended.returncode == 0, ended.stderr

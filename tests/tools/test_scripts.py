@@ -1,4 +1,4 @@
-"""The shell scripts: what they start, and what they say. No environment is made here."""
+"""The shell scripts: what they start, and what they print. No environment is created here."""
 
 import os
 import shutil
@@ -23,11 +23,11 @@ FILES = (
     "tools/launch.py",
     "tools/launch.sh",
 )
-# What says how many processes to start.
+# Variables that say how many processes to start.
 PROCESSES = {"GPUS", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
-# Stands for Python: says yes to the checks (-c) and writes down what else it is started with, of
-# the launcher what that starts.
+# A stand-in for Python: all checks (-c) succeed, and other arguments are written down; of the
+# launcher, those of the program that it starts.
 RECORDER = """#!/usr/bin/env bash
 if [[ $1 == -c ]]; then exit 0; fi
 [[ $1 != tools/launch.py ]] || shift
@@ -37,7 +37,7 @@ if [[ $1 == tools/* ]]; then exit "${EXIT_CODE:-0}"; fi
 
 
 class Clone:
-    """A copy of the scripts, in a folder whose name holds spaces."""
+    """A copy of the scripts, in a folder with spaces in its name."""
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "a clone"
@@ -88,7 +88,7 @@ class Clone:
         )
 
     def starts(self) -> list[list[str]]:
-        """What Python was started with, each as [folder, argument, ...]."""
+        """All starts of Python, each as [working directory, argument, ...]."""
         starts: list[list[str]] = [[]]
         for line in self.record.read_text().splitlines():
             if line == "--":
@@ -163,7 +163,7 @@ def test_demo_data_is_made_once(clone: Clone) -> None:
 def test_demo_data_is_made_where_what_the_config_names_is_missing(
     clone: Clone, there: Sequence[str], starts: list[str]
 ) -> None:
-    """Clips of an earlier version have no images beside them."""
+    """An earlier version made clips without images."""
     data = "data:\n  train: datasets/demo/train_images.csv\n"
     clone.write(DEMO, data + "  validation: datasets/demo/validation_images.csv")
     for name in there:
@@ -173,10 +173,10 @@ def test_demo_data_is_made_where_what_the_config_names_is_missing(
 
 
 def test_no_demo_data_is_made_where_both_lists_are_given(clone: Clone) -> None:
-    given = ("data.train=mine.csv", "data.validation=null")
-    assert clone.run("run_pretrain.sh", *given).returncode == 0
+    lists = ("data.train=mine.csv", "data.validation=null")
+    assert clone.run("run_pretrain.sh", *lists).returncode == 0
     assert [start[1] for start in clone.starts()] == ["tools/pretrain.py"]
-    assert clone.run("run_pretrain.sh", given[0]).returncode == 0
+    assert clone.run("run_pretrain.sh", lists[0]).returncode == 0
     assert [start[1] for start in clone.starts()][1:] == [*PREPARE, "tools/pretrain.py"]
 
 
@@ -232,7 +232,7 @@ OTHER = ["tools/pretrain.py", "configs/pretrain/other.yaml"]
 
 
 def test_the_launcher_starts_all_programs(clone: Clone) -> None:
-    """It reads GPUS, NNODES and the like by itself: see test_launch_options.py."""
+    """The launcher itself reads GPUS, NNODES and so on: see test_launch_options.py."""
     recorder = RECORDER.replace("[[ $1 != tools/launch.py ]] || shift", "")
     clone.python.write_text(recorder)
     assert clone.run("run_pretrain.sh", *OTHER[1:], "seed=1").returncode == 0
@@ -284,7 +284,7 @@ def test_given_python_without_the_modules(clone: Clone) -> None:
     assert f"'{clone.python}' -m pip install -r '{clone.root}/requirements.txt'" in result.stderr
 
 
-def test_given_python_that_is_none(clone: Clone) -> None:
+def test_given_python_that_does_not_exist(clone: Clone) -> None:
     result = clone.run("run_pretrain.sh", env={"HPM_PYTHON": "/no/such python"})
     assert result.returncode == 1
     assert "HPM_PYTHON=/no/such python is no program" in result.stderr
@@ -308,7 +308,7 @@ def test_without_any_python(clone: Clone, tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "no Python 3.10 to 3.13 with" in result.stderr
 
-    # As Debian's python3 is without python3-venv.
+    # Like Debian's python3 without python3-venv.
     (tools / "python3").write_text(f"#!{tools}/bash\n[[ $2 != *ensurepip* ]]\n")
     (tools / "python3").chmod(0o755)
     result = clone.run("run_pretrain.sh", env={"HPM_PYTHON": "", "PATH": str(tools)})

@@ -61,13 +61,13 @@ def write_config(tmp_path):
 
 
 def row(output, name):
-    """The numbers of the line of ``name``."""
+    """The numbers in the line ``name``."""
     (line,) = re.findall(rf"^ *{re.escape(name)} +(\d.*)$", output, re.M)
     return [float(number) for number in re.findall(r"\d+\.\d+", line)]
 
 
 def assert_quotient(found, above, below):
-    """``found`` was rounded to two digits, of two numbers that were rounded so as well."""
+    """``found`` has two digits, and so have the two numbers of which it is the quotient."""
     least, most = (above - 0.005) / (below + 0.005), (above + 0.005) / max(below - 0.005, 1e-9)
     assert least - 0.006 <= found <= most + 0.006
 
@@ -106,7 +106,7 @@ def test_the_cost_of_a_clip_is_that_of_the_shapes(write_config):
     """A real update of two clips multiplies and adds as often."""
     path = write_config("tiny", **TINY, **HPM)
     plain = ["masking.strategy=random", "mining.predictor=none"]
-    again = "model.checkpoint_activations=true"  # what is computed again does not count
+    again = "model.checkpoint_activations=true"  # recomputation does not count
     first, last = Progress(0, 0.0, 2), Progress(9, 1.5, 2)
     for overrides in ([], plain, ["mining.target=ema"]):
         config = load_config(PretrainConfig, path, overrides)
@@ -194,9 +194,11 @@ def test_a_teacher_that_is_the_target_is_counted_without_its_decoder(write_confi
 
 def test_multiply_adds_of_the_page_on_scaling_are_those_of_its_config():
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
-    told = re.search(r"(\d+) GMAC per clip for the student and (\d+)", page)
+    stated = re.search(r"(\d+) GMAC per clip for the student and (\d+)", page).groups()
     config = load_config(PretrainConfig, ROOT / "configs" / "pretrain" / "k400_hpm_b.yaml", [])
-    assert [int(number) for number in told.groups()] == pytest.approx(count_gmac(config), abs=0.51)
+    assert [int(number) for number in numbers.groups()] == pytest.approx(
+        count_gmac(config), abs=0.51
+    )
 
 
 def test_multiply_adds_are_those_of_the_shapes(bench, write_config):
@@ -205,7 +207,7 @@ def test_multiply_adds_are_those_of_the_shapes(bench, write_config):
     tokens, visible, masked, values = 128, 32, 96, 3 * 2 * 8 * 8
 
     def blocks(num_tokens, dim):
-        products = 3 + 1 + 4 + 4  # queries, keys and values; projection; both layers of the MLP
+        products = 3 + 1 + 4 + 4  # queries, keys and values; projection; two layers of the MLP
         return products * num_tokens * dim**2 + 2 * num_tokens**2 * dim
 
     embed = visible * values * 1024
@@ -217,7 +219,7 @@ def test_multiply_adds_are_those_of_the_shapes(bench, write_config):
     def teacher(seen):
         return seen * (values + 512) * 1024 + 12 * blocks(seen, 1024) + scoring
 
-    # Backward, a product costs two of its size; that of the pixels one, for they get no gradient.
+    # A product costs two in the backward pass; that with the pixels one: they get no gradient.
     plain = 2 * embed + 3 * (encoder + decoder)
     assert row(output, "plain") == pytest.approx([plain / 1e9, 0], abs=0.051)
     hpm = plain + 3 * predictor

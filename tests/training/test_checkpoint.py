@@ -27,7 +27,7 @@ from hpm_video.training.optim import OptimizerState
 
 ROOT = Path(__file__).parent.parent.parent
 PATCH = (1, 1, 1)
-"""It matters to none of these weights."""
+"""It affects none of these weights."""
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_a_checkpoint_is_read_back(tmp_path, config):
     assert torch.equal(optimizer.moments["exp_avg"]["weight"], torch.ones(2, 3))
     assert (checkpoint / "config.yaml").read_text() == "seed: 0\n"
     modes = {path.stat().st_mode for path in checkpoint.iterdir()}
-    assert modes == {config.stat().st_mode}, "of a new file"
+    assert modes == {config.stat().st_mode}, "as for a new file"
 
 
 def test_attached_files_are_copied_and_one_that_is_not_there_leaves_nothing(tmp_path, config):
@@ -142,7 +142,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, config):
 
     save(tmp_path, 1, config)
     (checkpoint,) = checkpoints_in(tmp_path)
-    (checkpoint / "state.json").unlink()  # with the checksum that it would not have
+    (checkpoint / "state.json").unlink()  # its checksum would not match
     (checkpoint / "optimizer.safetensors").write_bytes(pickle.dumps(Evil(), protocol=2))
     with pytest.raises(CheckpointError, match="optimizer.safetensors is not complete"):
         read_optimizer(checkpoint, PATCH)
@@ -171,7 +171,7 @@ def test_weights_fit_or_every_difference_is_named(tmp_path):
     assert not module[0].weight.any()
 
 
-def test_only_names_that_begin_as_told_may_be_missing_or_left(tmp_path):
+def test_only_names_with_given_prefixes_may_be_missing_or_left(tmp_path):
     module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
     weights = {"0.weight": torch.ones(2, 3), "0.bias": torch.ones(2), "head.bias": torch.ones(1)}
     fresh = load_weights(module, weights, tmp_path, may_lack=("1.",), may_leave=("head.",))
@@ -222,7 +222,7 @@ def test_what_stands_in_the_way_is_not_overwritten(tmp_path, config, kind):
 
 @pytest.mark.parametrize("name", ["last", "best"])
 def test_a_folder_named_last_or_best_is_refused(tmp_path, config, name):
-    """As a copy without symbolic links has it."""
+    """A copy without symbolic links has such folders."""
     save(tmp_path, 1, config, best={"update": 1, "score": 0})
     shutil.copytree(checkpoint_path(tmp_path, 1), tmp_path / name)
     with pytest.raises(CheckpointError, match=rf"{name} must be a link .*delete it"):

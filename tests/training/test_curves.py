@@ -61,13 +61,13 @@ def test_where_no_panel_shows_anything_nothing_is_drawn(tmp_path: Path) -> None:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Figures that were saved."""
+    """The figures that have been saved."""
     figures: list[Figure] = []
     save = Figure.savefig
 
-    def listen(figure: Figure, *given: object, **named: object) -> None:
+    def listen(figure: Figure, *arguments: object, **named: object) -> None:
         figures.append(figure)
-        save(figure, *given, **named)
+        save(figure, *arguments, **named)
 
     monkeypatch.setattr(Figure, "savefig", listen)
     return figures

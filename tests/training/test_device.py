@@ -38,7 +38,7 @@ def test_a_device_that_is_not_here_is_named():
 
 
 @pytest.mark.parametrize("largest", [None, 0.5, 100.0])
-def test_gradients_are_clipped_at_the_norm_and_their_norm_is_told(largest):
+def test_gradients_are_clipped_at_the_norm_and_their_norm_is_returned(largest):
     model = torch.nn.Linear(2, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)

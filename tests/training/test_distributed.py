@@ -1,4 +1,4 @@
-"""What processes say to each other, as far as one process can show it; see tests/processes."""
+"""Communication of processes, as far as one process can show it; see also tests/processes."""
 
 from datetime import timedelta
 
@@ -48,7 +48,7 @@ def test_a_process_alone_has_everything_and_waits_for_nobody():
     assert torch.equal(alone.gather_shards(torch.ones(3)), torch.ones(3))
 
 
-def test_before_processes_have_joined_the_first_one_tells(monkeypatch):
+def test_before_processes_have_joined_the_first_one_reports(monkeypatch):
     for rank, tells in (("0", True), ("1", False)):
         monkeypatch.setenv("RANK", rank)
         assert is_first_process() == first_to_say("anything") == tells
@@ -82,9 +82,9 @@ def test_more_processes_than_gpus_are_refused(four_gpus, monkeypatch):
 
 @pytest.mark.slow
 def test_a_process_that_finds_no_others_says_where_it_looked(monkeypatch):
-    given = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": ""}
-    given |= {"MASTER_ADDR": "there-is-no-such-host.invalid", "MASTER_PORT": "29511"}
-    for name, value in given.items():
+    variables = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": ""}
+    variables |= {"MASTER_ADDR": "there-is-no-such-host.invalid", "MASTER_PORT": "29511"}
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("hpm_video.training.distributed.SILENCE", timedelta(seconds=2))
     told = r"(?s)no-such-host\.invalid:29511 .*GLOO_SOCKET_IFNAME"

@@ -1,4 +1,4 @@
-"""What is compiled, that it computes the same, and that nothing depends on it."""
+"""Compiled code: what is compiled, that it computes the same, and that nothing depends on it."""
 
 import copy
 import shutil
@@ -20,7 +20,7 @@ from hpm_video.training import fast
 from hpm_video.training.fast import as_written, choose_compiling
 from hpm_video.training.memory import simulate_update
 
-pytestmark = pytest.mark.filterwarnings("default")  # torch's own, while it traces
+pytestmark = pytest.mark.filterwarnings("default")  # torch itself warns while it traces
 DEMO = Path(__file__).parents[2] / "configs" / "pretrain" / "demo.yaml"
 CPU = torch.device("cpu")
 SMALL = (
@@ -50,7 +50,7 @@ def graphs():
 
 @pytest.fixture
 def traced(monkeypatch):
-    """Models are traced as if to compile them, and what was traced runs by torch's own kernels."""
+    """Models are traced as if they were to be compiled, but run on torch's own kernels."""
     monkeypatch.setattr(fast, "HOW", TRACED)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -84,7 +84,7 @@ def test_sharded_weights_are_not_compiled():
 
 
 def test_the_word_off_is_no_boolean(tmp_path):
-    """YAML reads it as one."""
+    """YAML reads a bare ``off`` as a boolean."""
     path = tmp_path / "config.yaml"
     path.write_text("engine: {compile: off}\n")
     assert load_config(PretrainConfig, path, []).engine.compile == "off"
@@ -99,8 +99,8 @@ def test_without_a_compiler_a_run_goes_on_and_says_so_once(monkeypatch, caplog):
 
     monkeypatch.setattr(fast, "_compile_something", fail)
     assert choose_compiling(EngineConfig(compile="blocks"), CPU) == "off"
-    (said,) = caplog.records
-    assert "no working compiler here (Failed to find C compiler.)" in said.getMessage()
+    (record,) = caplog.records
+    assert "no working compiler here (Failed to find C compiler.)" in record.getMessage()
 
 
 EMA = ("mining.target=ema", "mining.predictor=absolute")
@@ -163,7 +163,7 @@ def test_blocks_that_are_alike_are_traced_once(traced):
     update = trial(compiled="blocks")
     update()
     first = graphs()
-    # Student: encoder, both decoders; teacher: encoder, decoder; pixels; targets and errors.
+    # Student: encoder, two decoders; teacher: encoder, decoder; pixels; targets and errors.
     assert first == 6
     for _ in range(2):
         update()
@@ -197,7 +197,7 @@ def test_checkpoints_know_nothing_of_it_and_copies_are_not_compiled():
 
 @pytest.mark.slow
 def test_a_simulation_sees_no_compiled_module(traced):
-    """Whatever the config says: to call one without data would crash the process."""
+    """Whatever the config says: calling one without data would crash the process."""
     sizes = [
         simulate_update(lambda mode=mode: trial(f"engine.compile={mode}"))
         for mode in ("off", "blocks")
@@ -207,7 +207,7 @@ def test_a_simulation_sees_no_compiled_module(traced):
 
 
 class Casts(TorchDispatchMode):
-    """Notes which tensors were cast to bfloat16."""
+    """Records which tensors are cast to bfloat16."""
 
     def __init__(self):
         super().__init__()
@@ -221,7 +221,7 @@ class Casts(TorchDispatchMode):
 
 
 def test_autocast_casts_each_weight_once_for_a_pass():
-    """Forward and backward of the student, and the teacher: nothing is left to be saved."""
+    """For the student, forward and backward, and the teacher: no cast could be saved."""
     update = trial(precision="bf16")
     update()
     with Casts() as casts:

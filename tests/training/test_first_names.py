@@ -1,4 +1,4 @@
-"""Names and layouts of before, which tests/first_house holds against whole runs."""
+"""Old names and layouts of weights. tests/first_house checks them on whole runs."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def current(stored):
     return by_current_names(stored, PATCH)
 
 
-def test_names_of_before_become_timms_and_those_stay():
+def test_old_names_become_timms_and_timms_stay():
     stored = {name: torch.rand(2) for name in PLAIN}
     found = current(stored)
     assert list(found) == list(PLAIN.values())
@@ -63,14 +63,14 @@ def test_the_patch_embedding_becomes_the_weight_of_a_convolution(channels):
     flat = weight.permute(0, 2, 3, 4, 1).reshape(7, -1)
     found = current({"patch_embed.weight": flat})["patch_embed.proj.weight"]
     assert torch.equal(found, weight)
-    assert found.is_contiguous(), "fused optimizers take moments as they lie"
+    assert found.is_contiguous(), "fused optimizers depend on the layout of moments"
     other = torch.rand(7, 33)
     assert current({"patch_embed.weight": other})["patch_embed.proj.weight"] is other
 
 
 @pytest.mark.parametrize("with_keys", [False, True])
 def test_biases_of_queries_keys_and_values_are_joined(with_keys, tmp_path):
-    """Alike of weights and of moments, whose keys' part starts at 0 where there was none."""
+    """This holds for weights and for moments, whose missing keys' part starts at 0."""
     q, k, v = torch.rand(3, 4)
     at = "reconstructor.transformer.blocks.3.attn."
     stored = {f"{at}q_bias": q, f"{at}v_bias": v, **({f"{at}k_bias": k} if with_keys else {})}

@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def zero(stage, reduce=500_000_000, live=10**9, prefetch=50_000_000, offload=()):
-    """DeepSpeed's section, by default with its own sizes."""
+    """DeepSpeed's section, by default with DeepSpeed's own sizes."""
     return {
         "stage": stage,
         "reduce_bucket_size": reduce,
@@ -66,7 +66,7 @@ def test_without_zero_all_is_held_in_float32():
     assert not memory.host
 
 
-PER_PARAMETER = {  # of 8 processes: weights, master, moments, gradients, teacher
+PER_PARAMETER = {  # with 8 processes: weights, master weights, moments, gradients, teacher
     0: (4, 0, 8, 4, 4),
     1: (4, 0.5, 1, 4, 4),
     2: (4, 0.5, 1, 1, 4),
@@ -84,7 +84,7 @@ def test_state_of_each_stage(stage):
 @pytest.mark.parametrize(
     ("stage", "buffers"),
     [
-        (0, 4 * 8000),  # all gradients once more
+        (0, 4 * 8000),  # a copy of all gradients
         (1, 4 * 1000),
         (2, 4 * 1000),
         (3, 4 * (1000 + 1000 + 4000 + 500)),
@@ -161,7 +161,7 @@ def test_each_storage_is_counted_once_and_until_it_is_freed():
         del other
         assert (live.now, live.peak) == (4000, 7960)
         del kept
-        assert live.now == 4000  # the view holds it
+        assert live.now == 4000  # the view keeps it alive
         del view
         assert live.now == 0
         assert live.peak == 7960
@@ -191,7 +191,7 @@ def test_activations_are_on_the_line_through_two_simulations():
     ],
 )
 def test_simulated_is_what_tensors_of_a_real_update_hold(precision, overrides):
-    """Whatever the objective: the same operations, so the same bytes."""
+    """For every objective the operations are the same, and so are the bytes."""
     config = load_pretraining("demo", *overrides)
     make = update_of(config, 3, precision)
     assert simulate_update(make) == measure_update(make)
@@ -204,7 +204,7 @@ def test_simulated_fine_tuning_is_real_fine_tuning():
 
 
 def test_what_is_resident_and_what_gradients_need_is_the_formula():
-    """With one clip the peak is at the end of the backward pass, when all gradients are there."""
+    """With one clip the peak is at the end of the backward pass, when all gradients exist."""
     config = load_pretraining("demo", "model.encoder={dim: 768, depth: 12, num_heads: 12}")
     with torch.device("meta"):
         model = build_student(config)
@@ -212,7 +212,7 @@ def test_what_is_resident_and_what_gradients_need_is_the_formula():
     state = training_memory(parameters, parameters, 1).device
     simulated = simulate_update(update_of(config, 1))
     positions = sum(4 * table.numel() for table in model.buffers())
-    batch = 3 * 2**20  # and counters of the optimizer
+    batch = 3 * 2**20  # with counters of the optimizer
     resident = sum(state.values()) - state["gradients"]
     assert resident + 2 * positions <= simulated.resident < resident + 2 * positions + batch
     assert state["gradients"] <= simulated.activations < 1.1 * state["gradients"]
@@ -225,7 +225,7 @@ def test_the_largest_update_is_simulated_with_no_memory_of_its_size():
     assert per_clip == pytest.approx(283e6, rel=0.02)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_student(config).parameters())
-    # What does not depend on the clips: weights in bfloat16, which autocast keeps.
+    # Independent of the clips: weights in bfloat16, which autocast keeps.
     assert fixed == pytest.approx(2 * parameters, rel=0.05)
 
 
@@ -238,7 +238,7 @@ from hpm_video.config.loading import load_config
 from hpm_video.runs.autotune import trial_update
 from hpm_video.runs.pretraining import Pretraining
 
-# Large blocks (M_MMAP_THRESHOLD) go back to the system when they are freed: the peak is a peak.
+# Large blocks (M_MMAP_THRESHOLD) return to the system when freed, so the peak is a true one.
 ctypes.CDLL(None).mallopt(-3, 65536)
 torch.set_num_threads(1)
 config = load_config(PretrainConfig, Path(sys.argv[1]), sys.argv[2:])
@@ -258,9 +258,9 @@ WIDE = (
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="there is no /proc here")
 def test_the_process_grows_by_what_is_simulated_for_each_clip(start_program):
-    """A measure that knows nothing of tensors: the most memory that the process ever had.
+    """This measure is independent of tensors: the peak memory of the process.
 
-    Not ``ru_maxrss``, which a process takes over from the one that started it.
+    ``ru_maxrss`` would not do, as a process inherits it from the one that started it.
     """
     program = start_program("-c", GROWTH, CONFIGS / "pretrain" / "demo.yaml", *WIDE)
     output, _ = program.communicate()

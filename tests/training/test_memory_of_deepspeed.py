@@ -1,4 +1,4 @@
-"""The formulas of memory against what DeepSpeed's tensors hold, with two processes on a CPU."""
+"""The memory formulas against the sizes of DeepSpeed's tensors, with two processes on a CPU."""
 
 import json
 
@@ -14,7 +14,7 @@ FEW, ALL = 80_000, 10**9
 
 
 def zero(stage, live, *offloaded):
-    """DeepSpeed's section; ``live``: parameters that stay gathered."""
+    """DeepSpeed's section; ``live`` is the number of parameters that stay gathered."""
     return {
         "stage": stage,
         "reduce_bucket_size": 300_000,
@@ -49,7 +49,7 @@ torch.set_num_threads(1)
 width, depth = map(int, sys.argv[1:3])
 deepspeed = import_deepspeed(torch.device("cpu"))  # which compiles nothing
 deepspeed.init_distributed("gloo", verbose=False)
-gc.freeze()  # what is imported: to look through it takes longer than an update
+gc.freeze()  # collecting garbage among all modules takes longer than an update
 
 class Deep(nn.Module):
     def __init__(self):
@@ -88,13 +88,13 @@ if os.environ["RANK"] == "0":
     with open(sys.argv[3], "w") as file:
         json.dump(found, file)
 sys.stdout.flush()
-os._exit(0)  # destroying process groups in order is not what is tested
+os._exit(0)  # destroying process groups in order is not tested here
 """
 
 
 @pytest.fixture(scope="module")
 def peaks(tmp_path_factory, start_job):
-    """Most bytes of a process in an update of two passes, on device and host together."""
+    """Peak bytes of a process in an update of two passes, on device and host together."""
     path = tmp_path_factory.mktemp("deepspeed") / "peaks.json"
     arguments = (WIDTH, DEPTH, path, json.dumps(CASES))
     processes = start_job(PROCESSES, "-c", PROGRAM, *arguments)
@@ -106,6 +106,6 @@ def peaks(tmp_path_factory, start_job):
 @pytest.mark.parametrize("name", CASES)
 def test_deepspeed_holds_what_the_formula_says(peaks, name):
     memory = training_memory(PARAMETERS, 0, PROCESSES, CASES[name])
-    # Beside it there are gradients and buffers of a layer or two, 1/40 of the model each.
+    # The rest is gradients and buffers of one or two layers, 1/40 of the model each.
     expected = sum(memory.device.values()) + sum(memory.host.values())
     assert peaks[name] == pytest.approx(expected, rel=0.05)

@@ -1,5 +1,5 @@
-"""Simulated memory against a GPU's, under ``-m gpu``. Without one this skips, or fails where
-HPM_REQUIRE_GPU=1."""
+"""Simulated memory against a GPU's, under ``-m gpu``. Without a GPU these tests are skipped, or
+fail if HPM_REQUIRE_GPU=1."""
 
 import gc
 import os
@@ -42,7 +42,7 @@ def measured(config, clips, precision) -> SimulatedMemory:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_simulated_memory_is_that_of_a_gpu(precision):
-    """Within a tenth: kernels have working space, and attention keeps other statistics."""
+    """To within 10 %: kernels need working space, and attention keeps other statistics."""
     config = load_config(PretrainConfig, CONFIG, [])
     real, simulated = {}, {}
     for clips in (2, 6):

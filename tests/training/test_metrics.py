@@ -44,7 +44,7 @@ def test_a_reading_starts_anew():
 
 
 class Clock:
-    """A clock that is set, in place of the module ``time``."""
+    """A clock that tests set, in place of the module ``time``."""
 
     def __init__(self):
         self.now = 0.0
@@ -72,7 +72,7 @@ def test_speed_and_use_of_the_device_are_those_of_the_time_that_updates_took(clo
     with meter.paused():
         clock.now += 7.0
     clock.now += 3.5
-    meter.left_out += 3.0  # which compiling took
+    meter.left_out += 3.0  # the time that compiling took
     values = meter.read()
     assert values["clips_per_second"] == pytest.approx(4 / 2)
     assert values["data_wait"] == pytest.approx(1.0 / 2)
@@ -81,15 +81,15 @@ def test_speed_and_use_of_the_device_are_those_of_the_time_that_updates_took(clo
     assert values["peak_memory_gb"] == 0
     meter.add(0, losses(1.0), ("a",))
     clock.now += 1.0
-    assert meter.read()["tflops_per_gpu"] == pytest.approx(2), "a reading starts anew"
+    assert meter.read()["tflops_per_gpu"] == pytest.approx(2), "each reading starts anew"
     assert "mfu" not in Meter(torch.device("cpu")).read()
 
 
 def test_waiting_is_what_the_device_waits_for(clock):
-    """The host waits for a second; the device, which has work for 0.75 s, for the rest."""
+    """The host waits for 1 s. The device has work for 0.75 s of that, and waits for the rest."""
 
     class Event:
-        """The device reaches it when it is through with its work, or at once."""
+        """The device reaches it when its work is done, or at once."""
 
         busy_until = 0.0
 
@@ -110,7 +110,7 @@ def test_waiting_is_what_the_device_waits_for(clock):
 
 
 def test_nothing_is_read_from_the_device_but_once_for_a_line(monkeypatch):
-    """Tensors without data refuse to be read."""
+    """Tensors without data raise an error when they are read."""
     reads = []
     with without_data():
         config = load_config(PretrainConfig, DEMO, ["model.drop_path=0.1", "recipe.clip_grad=1"])
@@ -130,7 +130,7 @@ def test_nothing_is_read_from_the_device_but_once_for_a_line(monkeypatch):
 
 
 def test_a_run_that_begins_anew_keeps_no_line_of_before(tmp_path):
-    """It measures before its first update, and has one such line then."""
+    """It measures before its first update, so it has one such line."""
     for first, updates in ((0, (0, 1, 2)), (0, (0, 1)), (1, (2,))):
         metrics = MetricsLog(tmp_path, ["jsonl"], first_update=first)
         for update in updates:

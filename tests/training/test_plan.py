@@ -69,7 +69,7 @@ def test_what_a_refusal_says_to_take_is_taken(batch, processes, micro, multiple)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "multiple", "said"),
+    ("arguments", "multiple", "message"),
     [
         (
             (1024, 6, None),
@@ -93,10 +93,10 @@ def test_what_a_refusal_says_to_take_is_taken(batch, processes, micro, multiple)
         ((12, 1, 0), 1, "got 0"),
     ],
 )
-def test_a_refusal_names_value_rule_and_remedy(arguments, multiple, said):
+def test_a_refusal_names_value_rule_and_remedy(arguments, multiple, message):
     with pytest.raises(ConfigError) as refusal:
         plan_batches(*arguments, multiple=multiple)
-    assert said in str(refusal.value)
+    assert message in str(refusal.value)
 
 
 @given(sizes=st.sets(st.integers(1, 4096), min_size=1, max_size=40), limit=st.integers(1, 5000))
@@ -108,7 +108,7 @@ def test_the_largest_that_fits_is_found_in_few_trials(sizes, limit):
         if size > limit:
             raise torch.OutOfMemoryError(f"no memory for {size}")
 
-    with mock.patch.object(autotune, "gc"):  # there is nothing to collect
+    with mock.patch.object(autotune, "gc"):  # there is no garbage
         if sizes[0] > limit:
             with pytest.raises(ConfigError, match=f"engine.micro_batch={sizes[0]} does not fit"):
                 largest_fitting(sizes, run)

@@ -107,7 +107,7 @@ def test_timeline_counts_videos(videos, batch, epochs, every):
     assert [timeline.at(u).epoch for u in updates] == [u * batch // videos for u in updates]
     completed = sum(timeline.passes(update, every) for update in updates)
     total = int(timeline.at(len(updates)).exact_epoch / every)
-    assert completed == total or batch > videos * every  # a batch may complete several at once
+    assert completed == total or batch > videos * every  # one batch may complete several epochs
 
 
 def test_the_loop_gives_each_group_its_share_of_the_learning_rate():

@@ -1,4 +1,4 @@
-"""Where a run writes its metrics and pictures, each library without a server."""
+"""Trackers, to which a run writes metrics and pictures; each library without a server."""
 
 import pytest
 from PIL import Image
@@ -15,7 +15,7 @@ from hpm_video.training.trackers import PACKAGES, TRACKERS, MetricsLog, check_tr
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """The directory of a run that begins."""
+    """The directory of a run that is starting."""
     folder = tmp_path / "run"
     (folder / "pictures" / "images").mkdir(parents=True)
     (folder / "config.yaml").write_text("recipe: {epochs: 3}\n")
@@ -67,7 +67,7 @@ def check_tensorboard(run):
 def check_wandb(run):
     folders = [*run.glob("wandb/offline-run-*")]
     names = {folder.name.rpartition("-")[2] for folder in folders}
-    assert names == {(run / "wandb.id").read_text()}, "both starts are of one run"
+    assert names == {(run / "wandb.id").read_text()}, "both starts belong to one run"
     assert len([*run.glob("wandb/*/files/media/images/pictures*.png")]) >= 1
     assert all(b"epochs" in file.read_bytes() for file in run.glob("wandb/*/*.wandb"))
 

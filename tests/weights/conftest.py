@@ -9,28 +9,12 @@ from hpm_video.models.positions import position_table
 from hpm_video.tokens.grid import TokenGrid
 
 
-def affine(name, out, into):
-    return {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
-
-
-def norm(name, dim):
-    return {f"{name}.weight": (dim,), f"{name}.bias": (dim,)}
-
-
-def block(name, dim, attention):
-    """``attention``: names and shapes of its projection to queries, keys and values."""
-    return {
-        **norm(f"{name}.norm1", dim),
-        **{f"{name}.attn.{part}": shape for part, shape in attention(dim).items()},
-        **affine(f"{name}.attn.proj", dim, dim),
-        **norm(f"{name}.norm2", dim),
-        **affine(f"{name}.mlp.fc1", 4 * dim, dim),
-        **affine(f"{name}.mlp.fc2", dim, 4 * dim),
-    }
+def affine(name, out, *into):
+    return {f"{name}.weight": (out, *into), f"{name}.bias": (out,)}
 
 
 def of_mae(dim):
-    return {"qkv.weight": (3 * dim, dim), "qkv.bias": (3 * dim,)}
+    return affine("qkv", 3 * dim, dim)
 
 
 def of_videomae(dim):
@@ -38,30 +22,32 @@ def of_videomae(dim):
 
 
 def of_mae_st(dim):
-    return {key: value for part in "qkv" for key, value in affine(part, dim, dim).items()}
+    return {key: shape for part in "qkv" for key, shape in affine(part, dim, dim).items()}
 
 
 def blocks(name, size, attention):
+    """``attention``: of a width, names and shapes of the projection to queries, keys and values."""
     dim, depth = size
-    found = {}
-    for i in range(depth):
-        found |= block(f"{name}.{i}", dim, attention)
-    return found
-
-
-def kernel(name, dim, *patch):
-    return {f"{name}.weight": (dim, 3, *patch), f"{name}.bias": (dim,)}
+    block = {
+        **affine("norm1", dim),
+        **{f"attn.{part}": shape for part, shape in attention(dim).items()},
+        **affine("attn.proj", dim, dim),
+        **affine("norm2", dim),
+        **affine("mlp.fc1", 4 * dim, dim),
+        **affine("mlp.fc2", dim, 4 * dim),
+    }
+    return {f"{name}.{i}.{part}": shape for i in range(depth) for part, shape in block.items()}
 
 
 def videomae(encoder, decoder, patch):
     values = 3 * patch[0] * patch[1] * patch[2]
     return {
         "mask_token": (1, 1, decoder[0]),
-        **kernel("encoder.patch_embed.proj", encoder[0], *patch),
+        **affine("encoder.patch_embed.proj", encoder[0], 3, *patch),
         **blocks("encoder.blocks", encoder, of_videomae),
-        **norm("encoder.norm", encoder[0]),
+        **affine("encoder.norm", encoder[0]),
         **blocks("decoder.blocks", decoder, of_videomae),
-        **norm("decoder.norm", decoder[0]),
+        **affine("decoder.norm", decoder[0]),
         **affine("decoder.head", values, decoder[0]),
         "encoder_to_decoder.weight": (decoder[0], encoder[0]),
     }
@@ -69,9 +55,9 @@ def videomae(encoder, decoder, patch):
 
 def videomae_classifier(encoder, patch, classes, attention=of_videomae):
     return {
-        **kernel("patch_embed.proj", encoder[0], *patch),
+        **affine("patch_embed.proj", encoder[0], 3, *patch),
         **blocks("blocks", encoder, attention),
-        **norm("fc_norm", encoder[0]),
+        **affine("fc_norm", encoder[0]),
         **affine("head", classes, encoder[0]),
     }
 
@@ -80,9 +66,9 @@ def vit(encoder, patch, tokens):
     return {
         "cls_token": (1, 1, encoder[0]),
         "pos_embed": (1, tokens + 1, encoder[0]),
-        **kernel("patch_embed.proj", encoder[0], patch, patch),
+        **affine("patch_embed.proj", encoder[0], 3, patch, patch),
         **blocks("blocks", encoder, of_mae),
-        **norm("norm", encoder[0]),
+        **affine("norm", encoder[0]),
     }
 
 
@@ -93,7 +79,7 @@ def mae(encoder, decoder, patch, tokens):
         "decoder_pos_embed": (1, tokens + 1, decoder[0]),
         **affine("decoder_embed", decoder[0], encoder[0]),
         **blocks("decoder_blocks", decoder, of_mae),
-        **norm("decoder_norm", decoder[0]),
+        **affine("decoder_norm", decoder[0]),
         **affine("decoder_pred", 3 * patch * patch, decoder[0]),
     }
 
@@ -102,7 +88,7 @@ def hpm(encoder, decoder, patch, tokens):
     return {
         **mae(encoder, decoder, patch, tokens),
         **blocks("decoder_blocks_losspred", decoder, of_mae),
-        **norm("decoder_norm_losspred", decoder[0]),
+        **affine("decoder_norm_losspred", decoder[0]),
         **affine("decoder_pred_losspred", 3 * patch * patch, decoder[0]),
     }
 
@@ -115,9 +101,9 @@ def mae_st(encoder, decoder, patch, grid):
         "pos_embed_spatial": (1, tokens, dim),
         "pos_embed_temporal": (1, time, dim),
         "pos_embed_class": (1, 1, dim),
-        **kernel("patch_embed.proj", dim, *patch),
+        **affine("patch_embed.proj", dim, 3, *patch),
         **blocks("blocks", encoder, of_mae_st),
-        **norm("norm", dim),
+        **affine("norm", dim),
         "mask_token": (1, 1, wide),
         "decoder_cls_token": (1, 1, wide),
         "decoder_pos_embed_spatial": (1, tokens, wide),
@@ -143,15 +129,5 @@ def fill(shapes, seed=0):
 @pytest.fixture(scope="session")
 def layouts_of():
     """Names and shapes of the official checkpoints; ``fill`` makes weights of them."""
-    return SimpleNamespace(
-        videomae=videomae,
-        videomae_classifier=videomae_classifier,
-        vit=vit,
-        mae=mae,
-        hpm=hpm,
-        mae_st=mae_st,
-        of_mae=of_mae,
-        fill=fill,
-        norm=norm,
-        affine=affine,
-    )
+    functions = (videomae, videomae_classifier, vit, mae, hpm, mae_st, of_mae, fill, affine)
+    return SimpleNamespace(**{function.__name__: function for function in functions})

@@ -1,4 +1,4 @@
-"""What is exported computes the same where it is for, and comes back as it was."""
+"""Exported models compute the same in their target library, and can be imported again unchanged."""
 
 import json
 import shutil
@@ -68,7 +68,7 @@ def load_model(path, weights=None):
 
 
 def overrides_for(model):
-    """What an importer has to be told of a file that says little of itself."""
+    """Options for importing a file that says little about its model."""
     config, data = model.config, model.config.data
     decoder = model.pretraining and config.model.decoder
     return Overrides(
@@ -190,29 +190,29 @@ def test_exported_models_compute_what_ours_does(checkpoint, tmp_path, case, to):
     expected = ("logits",) if own.is_classifier else SAYS[to]
     assert {found.of for found in exported.parity.differences} >= set(expected)
     assert all(found.largest_value > 0.02 for found in exported.parity.differences)
-    told = json.loads(
+    report = json.loads(
         (
             out / "parity.json" if out.is_dir() else out.with_name(f"{out.name}.parity.json")
         ).read_text()
     )
-    assert told["holds"]
-    assert told["update"] == 7
+    assert report["holds"]
+    assert report["update"] == 7
     if not own.is_classifier:
-        assert any("difficulty_decoder" in name for name in told["left_out"])
+        assert any("difficulty_decoder" in name for name in report["left_out"])
     assert not list(tmp_path.glob(".writing*"))
 
 
-def folders_of(case, to):
-    """Whether all that it was comes back: folded and filled weights do not."""
+def comes_back(case, to):
+    """Whether everything comes back unchanged: folded and filled weights do not."""
     other = ("images wide", "clips wide")
     return case not in other and to != "timm"
 
 
 @pytest.mark.parametrize(
-    ("case", "to"), [(case, to) for case, to in EXPORTS if folders_of(case, to)]
+    ("case", "to"), [(case, to) for case, to in EXPORTS if comes_back(case, to)]
 )
 def test_what_is_exported_comes_back(checkpoint, tmp_path, case, to):
-    """Export, import, export: the tensors are those that they were, bit for bit."""
+    """Export, import and export give the same tensors, bit for bit."""
     own = made(checkpoint, case)
     first, second = (tmp_path / f"{name}{ENDINGS[to]}" for name in ("first", "second"))
     export(own, first, to, skip=True)
@@ -329,7 +329,7 @@ def test_files_of_mae_and_videomae_say_what_they_are(checkpoint, tmp_path):
     assert model.config.model.encoder.num_heads == 4
     assert model.config.model.decoder.num_heads == 2
     assert model.config.mining.target == "raw"
-    assert [told.split()[0] for told in imported.assumed] == ["resizing"]
+    assert [line.split()[0] for line in imported.assumed] == ["resizing"]
 
 
 def test_teacher_and_average(checkpoint, tmp_path):
@@ -371,7 +371,7 @@ def test_pixels_of_images_in_transformers(checkpoint, tmp_path):
 
 
 def smooth_frames(count, width):
-    """Waves, whose sampling shows in every pixel: -> (T, 96, width, C) uint8"""
+    """Waves, in which resampling changes every pixel: (T, 96, width, C) uint8"""
     t, y, x, c = np.meshgrid(*map(np.arange, (count, 96, width, 3)), indexing="ij")
     return (127 + 120 * np.sin(0.35 * x + 0.21 * y + t + c)).astype(np.uint8)
 
@@ -386,7 +386,7 @@ def assert_same_pixels(theirs, own, frames):
 
     expected = ours(own.config.data.validation_short_side, own.config.data.interpolation)
     assert theirs.shape == expected.shape
-    # Their rounding is by one of 256 steps another.
+    # Their rounding differs by up to one of 256 steps.
     near = (theirs - expected).abs().mean()
     assert near < 0.02
     side = own.config.data.validation_short_side or own.config.data.clip_size[1]
@@ -549,8 +549,8 @@ def test_onnx_of_any_classifier_and_any_number_of_clips(checkpoint, tmp_path, ki
 
     own = load_model(checkpoint(kind, *overrides, classifier=True))
     exported = export(own, tmp_path / "a.onnx", "onnx", 1e-5)
-    told = {found.of for found in exported.parity.differences}
-    assert told == {"logits"}
+    compared = {found.of for found in exported.parity.differences}
+    assert compared == {"logits"}
     program = onnx.load(tmp_path / "a.onnx")
     metadata = {entry.key: entry.value for entry in program.metadata_props}
     assert json.loads(metadata["labels"]) == list(NAMES)

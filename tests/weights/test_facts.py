@@ -1,4 +1,4 @@
-"""Facts beside weights are used where our models can have them, and refused where they cannot."""
+"""Facts stored beside weights are used if our models support them, and refused otherwise."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ def drawn(model):
 
 @pytest.fixture
 def of_timm(tmp_path):
-    """A folder of timm, as it saves one."""
+    """Make a folder as timm saves it."""
     logging.getLogger("timm").setLevel(logging.WARNING)
 
     def make(**arguments):
@@ -78,7 +78,7 @@ def test_the_config_of_timm_decides_what_is_imported(of_timm, arguments):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ({"qkv_bias": False}, "qkv_bias': False"),
         ({"global_pool": "avg", "fc_norm": False}, "global_pool='avg'.*--encoder-only"),
@@ -88,8 +88,8 @@ def test_the_config_of_timm_decides_what_is_imported(of_timm, arguments):
         ({"act_layer": "gelu_tanh"}, "act_layer': 'gelu_tanh'"),
     ],
 )
-def test_a_config_of_timm_that_ours_cannot_have_is_refused(of_timm, arguments, told):
-    with pytest.raises(CheckpointError, match=told):
+def test_a_config_of_timm_that_ours_cannot_have_is_refused(of_timm, arguments, message):
+    with pytest.raises(CheckpointError, match=message):
         import_weights(of_timm(**arguments)[1])
 
 
@@ -109,7 +109,7 @@ def test_other_keys_of_a_config_are_left_to_the_comparison(of_timm):
 
 
 def test_parity_reads_the_config_for_itself(of_timm, monkeypatch):
-    """A mistake in reading a config is no mistake of both models."""
+    """So a mistake in reading a config does not affect both models."""
     _, folder = of_timm(num_heads=12)
     wrong = import_weights(folder, Overrides(heads=6))
     with pytest.raises(CheckpointError, match="computes something else"):
@@ -123,14 +123,14 @@ def test_pixels_of_timm(of_timm):
     imported = import_weights(of_timm()[1])
     data = imported.model.config.data
     assert (data.mean, data.std) == ((0.5,) * 3, (0.5,) * 3)
-    told = "; ".join(imported.assumed)
-    assert "heads 6" in told
-    assert "bicubic, of a short side of 37" in told
+    text = "; ".join(imported.assumed)
+    assert "heads 6" in text
+    assert "bicubic, of a short side of 37" in text
 
 
 @pytest.fixture
 def of_transformers(tmp_path):
-    """A classifier of clips as transformers saves it, with what its config is to say instead."""
+    """Make a classifier of clips as transformers saves it, with changes to its config."""
     transformers = pytest.importorskip("transformers")
 
     def make(**values):
@@ -154,7 +154,7 @@ def of_transformers(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ({"hidden_act": "relu"}, "hidden_act': 'relu'"),
         ({"qv_bias": False}, "qv_bias': False"),
@@ -172,14 +172,16 @@ def of_transformers(tmp_path):
         ({"num_attention_heads": [3]}, r"num_attention_heads must be .* got \[3\]"),
     ],
 )
-def test_a_config_of_transformers_that_ours_cannot_have_is_refused(of_transformers, values, told):
-    with pytest.raises(CheckpointError, match=told):
+def test_a_config_of_transformers_that_ours_cannot_have_is_refused(
+    of_transformers, values, message
+):
+    with pytest.raises(CheckpointError, match=message):
         import_weights(of_transformers(**values))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_bias_on_keys_that_transformers_does_not_have_is_taken(of_transformers):
-    """It changes nothing of what the model computes."""
+    """It does not change what the model computes."""
     folder = of_transformers()
     tensors = load_file(folder / "model.safetensors")
     bias = torch.randn(48, generator=torch.Generator().manual_seed(2))
@@ -230,11 +232,11 @@ def test_the_teacher_is_compared_and_keeps_its_positions(layouts_of, tmp_path):
     assert imported.model.config.model.positions == "given"
     tables = [each["pos_embed"] for each in (imported.model.tensors, imported.teacher)]
     torch.testing.assert_close(tables[1] - tables[0], torch.full((1, 16, 48), 0.5))
-    told = {found.of for found in compare(imported, 1e-5).differences}
-    assert {"difficulty", "of the teacher: difficulty", "of the teacher: tokens"} <= told
+    compared = {found.of for found in compare(imported, 1e-5).differences}
+    assert {"difficulty", "of the teacher: difficulty", "of the teacher: tokens"} <= compared
 
 
-def test_heads_that_are_usual_are_told_and_said_not_to_be_verified(layouts_of, tmp_path):
+def test_usual_heads_are_assumed_and_reported_as_not_verified(layouts_of, tmp_path):
     pytest.importorskip("transformers")
     shapes = layouts_of.videomae_classifier((384, 1), (2, 8, 8), 3)
     torch.save({"model": layouts_of.fill(shapes)}, tmp_path / "a.pth")
@@ -292,7 +294,7 @@ def test_tied_tensors_and_values_that_are_no_tensors(layouts_of, tmp_path):
 
 
 def test_given_positions_are_resized_as_timm_does(of_timm):
-    """To frames of another size, bicubic."""
+    """For frames of another size, bicubically."""
     model, folder = of_timm(dynamic_img_size=True)
     imported = import_weights(folder)
     table = imported.model.tensors["pos_embed"][0]

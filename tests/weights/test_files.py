@@ -1,4 +1,4 @@
-"""Files of weights of other projects are read, and nothing in them is run."""
+"""Weights of other projects are read without running any code in their files."""
 
 import argparse
 import os
@@ -61,7 +61,7 @@ def test_several_state_dicts_in_a_file(tmp_path):
 
 
 class Runs:
-    """Something that acts as soon as it is unpickled."""
+    """An object that runs code when it is unpickled."""
 
     def __init__(self, function, *arguments):
         self.how = (function, arguments)
@@ -83,7 +83,7 @@ def test_a_pickle_that_would_run_code_is_refused_by_name_and_does_not_run(tmp_pa
         torch.save(content, path, _use_new_zipfile_serialization=zipped)
         with pytest.raises(CheckpointError, match="holds an object of .*could run code") as error:
             read_source(path)
-        # What torch.save writes of a method of a class is getattr of that class.
+        # torch.save writes a method of a class as getattr of that class.
         assert name in str(error.value)
         assert not touched.exists()
 
@@ -166,7 +166,7 @@ def test_folder_without_weights(tmp_path):
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_plain_pickle_is_refused_and_does_not_run(tmp_path, zipped):
-    """Which torch.save does not write, and torch.load does not name."""
+    """torch.save does not write these, and torch.load does not name the problem."""
     path, touched = tmp_path / "evil.pth", tmp_path / "touched"
     evil = pickle.dumps(Runs(os.system, f"touch {touched}"))
     if zipped:

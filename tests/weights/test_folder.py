@@ -1,4 +1,4 @@
-"""Imported weights start training and go through every tool, as those of a run of our own."""
+"""Imported weights start training and work in every tool, like those of our own runs."""
 
 import json
 import shutil
@@ -106,12 +106,12 @@ def test_pretraining_begins_with_an_imported_folder(files, videos, run_tool, tmp
     assert (folder / "teacher.safetensors").is_file() == (name == "hpm")
     config = config_for(folder, videos, image=image, path=tmp_path / "config.yaml")
     run = tmp_path / "run"
-    code, told = run_tool("pretrain", config, f"output_dir={run}", "checkpoint.every_updates=1")
-    assert code == 0, told
-    assert f"start from the weights of {folder}" in told
-    assert ("lack a loss predictor" in told) == (name != "hpm")
-    assert ("the teacher is of there too" in told) == (name == "hpm")
-    assert ("the teacher is a copy of the student" in told) == (name != "hpm")
+    code, printed = run_tool("pretrain", config, f"output_dir={run}", "checkpoint.every_updates=1")
+    assert code == 0, printed
+    assert f"start from the weights of {folder}" in printed
+    assert ("lack a loss predictor" in printed) == (name != "hpm")
+    assert ("the teacher is of there too" in printed) == (name == "hpm")
+    assert ("the teacher is a copy of the student" in printed) == (name != "hpm")
     assert len(list((run / "checkpoints").glob("update-*"))) >= 1
     sheet = run_tool(
         "show_masks", folder, next((videos / "train").iterdir()), "--output", tmp_path / "sheets"
@@ -124,7 +124,7 @@ def test_pretraining_begins_with_an_imported_folder(files, videos, run_tool, tmp
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("model.encoder.num_heads=6", "model.encoder.num_heads: 4 -> 6"),
         ("model.decoder.num_heads=6", "model.decoder.num_heads: 2 -> 6"),
@@ -132,14 +132,14 @@ def test_pretraining_begins_with_an_imported_folder(files, videos, run_tool, tmp
     ],
 )
 def test_pretraining_of_another_model_than_the_imported_one_is_refused(
-    files, videos, tmp_path, override, told
+    files, videos, tmp_path, override, message
 ):
     folder = tmp_path / "imported"
     imported = import_weights(files["videomae"], GIVEN)
     write_folder(imported, folder, NOT_ASKED.as_table())
     path = config_for(folder, videos, path=tmp_path / "config.yaml")
     config = load_config(PretrainConfig, path, [override, f"output_dir={tmp_path / 'run'}"])
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         pretrain(config)
 
 
@@ -157,7 +157,7 @@ def test_files_of_other_projects_are_to_be_imported_first(files, videos, run_too
 def test_fine_tuning_from_learned_positions(
     files, labelled_videos, finetune_config, run_tool, tmp_path, size
 ):
-    """They come along, and are resized for frames of another size."""
+    """They are taken over, and resized for frames of another size."""
     content = torch.load(files["vit"])
     content["model"]["pos_embed"] = torch.randn(1, 17, 48)
     torch.save(content, files["vit"])
@@ -237,9 +237,9 @@ def test_fine_tuning_and_test_of_an_imported_classifier(
     config["recipe"] |= {"epochs": 1, "warmup_epochs": 0}
     path = tmp_path / "finetune.yaml"
     path.write_text(yaml.safe_dump(config))
-    code, told = run_tool("finetune", path, f"output_dir={tmp_path / 'run'}")
-    assert code == 0, told
-    assert "start fresh: none" in told
+    code, text = run_tool("finetune", path, f"output_dir={tmp_path / 'run'}")
+    assert code == 0, text
+    assert "start fresh: none" in text
 
 
 def test_probe_of_an_imported_encoder(files, labelled_videos, run_tool, tmp_path):
@@ -301,7 +301,7 @@ def test_weights_that_are_not_finite_are_refused(files, tmp_path):
 
 
 def test_positions_at_another_number_of_frames(files, tmp_path):
-    """Fixed codes come from the grid that is told, and other clips are placed in it."""
+    """Fixed codes come from the stated grid, in which other clips are placed."""
     imported = import_weights(files["videomae"], GIVEN)
     write_folder(imported, tmp_path / "folder", NOT_ASKED.as_table())
     config = load_any_config(tmp_path / "folder" / "config.yaml")
@@ -317,17 +317,17 @@ def test_positions_at_another_number_of_frames(files, tmp_path):
 def test_inspect(files, finished_run, run_tool, tmp_path):
     code, output = run_tool("weights", "inspect", files["videomae"], *OPTIONS)
     assert code == 0, output
-    said = describe(import_weights(files["videomae"], GIVEN))
-    assert output.splitlines() == said
-    assert "encoder=TransformerSize(dim=48, depth=2, num_heads=4" in said[0]
-    assert "patch_size=(2, 8, 8)" in said[0]
-    assert "family: videomae" in said
-    assert "epoch: 799" in said
-    assert "4 frames of (32, 32)" in said
-    assert "left out: epoch, optimizer: no weights" in said
-    assert f"licence: {LICENCES['videomae']}" in said
-    said = describe(import_weights(files["hpm"], GIVEN))
-    assert {"prefix: module.", "teacher: True"} <= {*said}
+    lines = describe(import_weights(files["videomae"], GIVEN))
+    assert output.splitlines() == lines
+    assert "encoder=TransformerSize(dim=48, depth=2, num_heads=4" in lines[0]
+    assert "patch_size=(2, 8, 8)" in lines[0]
+    assert "family: videomae" in lines
+    assert "epoch: 799" in lines
+    assert "4 frames of (32, 32)" in lines
+    assert "left out: epoch, optimizer: no weights" in lines
+    assert f"licence: {LICENCES['videomae']}" in lines
+    lines = describe(import_weights(files["hpm"], GIVEN))
+    assert {"prefix: module.", "teacher: True"} <= {*lines}
     folder, single = finished_run / "checkpoints" / "last", tmp_path / "one.safetensors"
     assert run_tool("weights", "export", folder, single, "--to", "file")[0] == 0
     shutil.copy(folder / "model.safetensors", tmp_path / "alone.safetensors")
@@ -350,7 +350,7 @@ def test_errors_of_a_layout_name_the_file(files, tmp_path):
 def test_a_model_that_no_config_can_have_is_refused_before_it_is_compared(
     files, run_tool, tmp_path
 ):
-    """Of eight tokens none would stay visible."""
+    """Of its eight tokens none would stay visible."""
     options = ("--heads", 4, "--decoder-heads", 2, "--num-frames", 4, "--frame-size", 16, 16)
     code, output = run_tool("weights", "import", files["videomae"], tmp_path / "x", *options)
     assert code == 2, output
@@ -365,7 +365,7 @@ def test_import_refuses_our_own(finished_run, run_tool, tmp_path):
     assert "give it as init_weights" in output
 
 
-def test_errors_are_told_without_a_traceback(files, run_tool, tmp_path):
+def test_errors_have_no_traceback(files, run_tool, tmp_path):
     code, output = run_tool("weights", "import", tmp_path / "none.pth", tmp_path / "x")
     assert code == 2
     assert "does not exist" in output

@@ -1,4 +1,4 @@
-"""Every family is recognised, fits our models to the last tensor, and computes the same."""
+"""Every family is recognised, fits our models to the last tensor, and computes the same results."""
 
 import argparse
 import json
@@ -32,7 +32,7 @@ B, B_CLIP_DECODER, B_IMAGE_DECODER = (768, 12), (384, 4), (512, 8)
 
 @pytest.fixture
 def official(layouts_of):
-    """Small checkpoints of the official layouts, by family."""
+    """Small checkpoints in the official layouts, by family."""
     of, fill = layouts_of, layouts_of.fill
     with_qkv_bias = of.videomae_classifier(ENCODER, CLIP_PATCH, 5, of.of_mae)
     fine_tuned = of.vit(ENCODER, PATCH, TOKENS)
@@ -143,7 +143,7 @@ def test_wrappers_in_a_file(official, saved, wrapper):
 
 
 def once_for_each_config(make):
-    """Models are only looked at here, and making one takes nine tenths of an import."""
+    """Cache models, which are only inspected here: making one takes 90 % of an import."""
     made = {}
 
     def cached(model):
@@ -157,7 +157,7 @@ def once_for_each_config(make):
 
 @pytest.fixture
 def read(monkeypatch):
-    """Import a state dict that lies in no file."""
+    """Import a state dict without a file."""
     for kind in (TrainedAutoencoder, TrainedClassifier):
         monkeypatch.setattr(kind, "make", once_for_each_config(kind.make))
 
@@ -172,7 +172,7 @@ def read(monkeypatch):
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_every_number_is_used_or_left_out_with_a_reason(official, read, name):
-    """By its gradient: whatever number of a file changes, something that is imported does."""
+    """Gradients show it: if any number in a file changes, something imported changes."""
     state = {key: value.requires_grad_() for key, value in official[name].items()}
     imported = read(state, given_for(name))
     assert all(imported.left_out.values())
@@ -206,12 +206,12 @@ DECIDE = (
     "reconstructor.head.weight",
     "difficulty_decoder.head.weight",
 )
-"""Tensors by which a family is recognised: without one it is another, or none."""
+"""Tensors by which a family is recognised; without one the file is of another family or none."""
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_a_tensor_that_is_missing_or_odd_is_named(official, read, name):
-    """One of each kind, whatever is wrong with it, by its name in the file or by ours."""
+    """One tensor of each kind, with any fault, is named as in the file or by our name."""
     given = given_for(name)
     every = official[name]
     state = {key: every[key] for key in every if not re.search(r"blocks\w*\.1\.", key)}
@@ -225,16 +225,16 @@ def test_a_tensor_that_is_missing_or_odd_is_named(official, read, name):
             any_shape = what in ("missing", "a number", "a row")
             if (any_shape and key in left_out) or (not any_shape and key not in names[:4]):
                 continue
-            if what == "missing" and key.endswith(".attn.k.bias"):  # the softmax ignores it
+            if what == "missing" and key.endswith(".attn.k.bias"):  # the softmax ignores this one
                 continue
             with pytest.raises(CheckpointError) as error:
                 read(tensors, given)
-            told = str(error.value)
+            message = str(error.value)
             ours = by_our_names(state, prefixes_of(state)[0])[key]
             joined = re.sub(r"\.attn\.[qkv]\.", ".attn.qkv.", ours)
             decides = joined in DECIDE or ours.startswith("head.")
-            named = any(name in told for name in (key, ours, joined))
-            assert named or (any_shape and decides), (what, told)
+            is_named = any(name in message for name in (key, ours, joined))
+            assert is_named or (any_shape and decides), (what, message)
 
 
 @pytest.mark.parametrize("name", [name for name in OFFICIAL if name != "mae_st"])
@@ -253,7 +253,7 @@ def test_an_extra_a_missing_and_a_misshapen_tensor_are_named(official, saved, na
 
 
 def officially(imported, tensors=None):
-    """The tensors of a model in the layout of the file that it came from."""
+    """The tensors of a model, in the layout of its original file."""
     model = imported.model
     model = model if tensors is None else replace(model, held=tensors)
     clips = imported.family.name.startswith("videomae")
@@ -337,25 +337,25 @@ def test_official_sizes_of_b(layouts_of, monkeypatch, name, count, parameters):
         assert len(model.label_names) == 400
 
 
-def test_what_is_assumed_is_told_and_arguments_of_the_run_are_read(official, saved):
+def test_assumptions_are_reported_and_arguments_of_the_run_are_read(official, saved):
     bare = import_weights(
         saved({"model": official["videomae"]}), Overrides(heads=4, decoder_heads=2)
     )
     assert bare.model.config.data.clip_size == (16, 224, 224)
-    told = "; ".join(bare.assumed)
-    assert "number of frames 16" in told
-    assert "frame stride 4" in told
+    text = "; ".join(bare.assumed)
+    assert "number of frames 16" in text
+    assert "frame stride 4" in text
     arguments = argparse.Namespace(
         num_frames=8, input_size=64, sampling_rate=2, normlize_target=False
     )
-    said = import_weights(
+    full = import_weights(
         saved({"model": official["videomae"], "args": arguments}),
         Overrides(heads=4, decoder_heads=2),
     )
-    assert said.model.config.data.clip_size == (8, 64, 64)
-    assert said.model.config.data.frame_stride == 2
-    assert said.model.config.mining.target == "raw"
-    assert [told.split()[0] for told in said.assumed] == ["mean", "resizing"]
+    assert full.model.config.data.clip_size == (8, 64, 64)
+    assert full.model.config.data.frame_stride == 2
+    assert full.model.config.mining.target == "raw"
+    assert [line.split()[0] for line in full.assumed] == ["mean", "resizing"]
 
 
 def test_heads_are_never_guessed(official, saved):
@@ -378,7 +378,7 @@ def test_two_families_in_one_are_refused(official, saved):
 
 
 def of_lightning(state, prefix="model.backbone."):
-    """A module of Lightning that trains somebody's encoder: a head, a metric and a loss beside."""
+    """A Lightning module that trains an encoder, with a head, a metric and a loss beside it."""
     found = {
         f"{prefix}{name}" if not name.startswith("head.") else f"model.{name}": value
         for name, value in state.items()
@@ -390,8 +390,8 @@ def of_lightning(state, prefix="model.backbone."):
 def test_a_wrappers_prefix_is_taken_off_by_itself(official, saved, name):
     imported = import_weights(saved(of_lightning(official[name]), "last.ckpt"), given_for(name))
     assert imported.state.prefix == "model.backbone."
-    told = describe(imported)
-    assert "prefix: model.backbone." in told
+    lines = describe(imported)
+    assert "prefix: model.backbone." in lines
     plain = import_weights(saved({"model": official[name]}), given_for(name))
     assert imported.model.tensors.keys() == plain.model.tensors.keys()
     for key, value in plain.model.tensors.items():
@@ -487,7 +487,7 @@ def test_a_fresh_decoder_is_as_the_papers_choose_it(official, saved, name):
 
 
 def test_an_mlp_of_another_width_is_read(official, saved):
-    """VideoMAE V2's ViT-g has 6144 of 1408, which is not four times as wide."""
+    """VideoMAE V2's ViT-g has an MLP of 6144 at a width of 1408, not four times that."""
     state = dict(official["videomae_classifier"])
     draw = torch.Generator().manual_seed(1)
     for i in range(2):
@@ -512,7 +512,7 @@ def test_a_head_on_something_else_is_refused(official, saved):
         import_weights(saved({"model": state}), GIVEN)
 
 
-def test_licences_are_told(official, saved):
+def test_licences_are_reported(official, saved):
     for name in OFFICIAL:
         imported = import_weights(saved({"model": official[name]}), given_for(name))
         assert "CC-BY-NC 4.0" in imported.family.licence

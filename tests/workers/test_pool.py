@@ -65,7 +65,7 @@ WORK = """
         def __reduce__(self):
             return os._exit, (7,)
 
-    def hang():  # in native code, with the interpreter's lock
+    def hang():  # in native code that holds the interpreter's lock
         ctypes.PyDLL(None).sleep(10**6)
 
     def hang_after(count):
@@ -77,7 +77,7 @@ WORK = """
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """Comes from a module, as the work of a pool has to."""
+    """The work of a pool, which has to come from a module."""
     folder = tmp_path_factory.mktemp("module")
     (folder / "work_of_a_pool.py").write_text(textwrap.dedent(WORK))
     sys.path.insert(0, str(folder))
@@ -88,7 +88,7 @@ def work(tmp_path_factory):
 
 
 def over(pool, jobs):
-    """Each job's one result, with its place in ``jobs``, as they come."""
+    """The single result of each job, with its index in ``jobs``, in order of arrival."""
     for place, job in enumerate(jobs):
         pool.submit(place, job)
     for _ in jobs:
@@ -101,12 +101,12 @@ def pool_of(work, workers=2, seconds=1e9, memory=GIB, **options):
 
 
 def waiting(folder):
-    """The processes that wait there for a file ``open``."""
+    """The processes that wait for a file ``open`` in the folder."""
     return [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
 
 
 def pids_of(pool, workers, folder):
-    """The processes of a pool, each of which is at something at one moment."""
+    """The processes of a pool, found while all of them are busy."""
     for place in range(workers):
         pool.submit(place, ("wait", folder))
     while len(waiting(folder)) < workers:
@@ -144,7 +144,7 @@ def test_a_job_that_takes_its_process_down_is_named_and_the_others_are_done(
         found = dict(over(pool, jobs))
         assert found[2] == Lost("", reason)
         assert [found[place]["job"] for place in (0, 1, 3, 4, 5, 6)] == [1, 2, 3, 4, 5, 6]
-        assert len(pids_of(pool, 2, tmp_path)) == 2, "all processes are there again"
+        assert len(pids_of(pool, 2, tmp_path)) == 2, "all processes are back"
 
 
 def test_a_job_that_hangs_is_named_when_the_others_are_done(work, tmp_path, pool_clock):
@@ -154,11 +154,11 @@ def test_a_job_that_hangs_is_named_when_the_others_are_done(work, tmp_path, pool
         pool_clock.steps = repeat(0.5)
         assert next(answers) == (0, Lost("", "it took longer than 1 s"))
         pool_clock.steps = iter(())
-        assert len(pids_of(pool, 2, tmp_path)) == 2, "both processes are there again"
+        assert len(pids_of(pool, 2, tmp_path)) == 2, "both processes are back"
 
 
 def test_the_clock_is_that_of_the_machine(work):
-    """Only here: a job that does not hang would be late on a machine that is busy enough."""
+    """Only tested here: on a very busy machine a job that does not hang would be late."""
     with pool_of(work, workers=1, seconds=0.5) as pool:
         assert dict(over(pool, ["hang"])) == {0: Lost("", "it took longer than 0.5 s")}
 
@@ -186,7 +186,7 @@ def test_a_job_may_have_many_results(work):
 
 
 def test_each_of_many_results_has_its_own_time(work, pool_clock):
-    """Half a second for each, more than a second in all; the last one never comes."""
+    """Each takes half a second, more than a second in all; the last one never comes."""
     with pool_of(work, workers=1, seconds=1.0) as pool:
         pool.submit(0, ("hang after", 10))
         for number in range(9):
@@ -207,7 +207,7 @@ def test_jobs_and_results_that_a_pipe_does_not_hold(work, length):
 
 
 def test_jobs_behind_one_that_hangs(work, pool_clock):
-    """One that its process holds already, and one that is too long for that."""
+    """One fits into the pipe of the hanging process, and one is too long for it."""
     with pool_of(work, workers=1, seconds=1.0) as pool:
         answers = over(pool, ["hang", 3, ("long", "-" * 10**6)])
         pool_clock.steps = repeat(0.5)
@@ -244,11 +244,11 @@ def test_a_process_that_is_killed_between_two_results(work):
     with pool_of(work, workers=1) as pool:
         pool.submit("many", ("many", 5), attempts=2)
         assert pool.next().result[0] == 0
-        kill_all()  # it has told the next one, or is about to
+        kill_all()  # it has sent the next result, or is about to
         answers = [pool.next()]
         while not answers[-1].is_last:
             answers.append(pool.next())
-        assert isinstance(answers[-1].result, Lost), "what began is not begun again"
+        assert isinstance(answers[-1].result, Lost), "a job that has begun is not started again"
 
 
 def test_processes_that_do_not_start_end_the_run(work):
@@ -265,7 +265,7 @@ def test_an_error_of_the_work_ends_the_run_with_its_traceback(work):
 
 
 def test_time_in_which_the_run_stands_still_does_not_count(work, tmp_path, pool_clock):
-    def sleeping():  # as the machine does for a while, between two looks at the clock
+    def sleeping():  # as a machine does for a while, between two readings of the clock
         yield 0.0
         yield 1000.0
         (tmp_path / "open").touch()
@@ -300,7 +300,7 @@ RUN = """
     import time
     from pathlib import Path
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
     sys.path.insert(0, sys.argv[1])
     folder = Path(sys.argv[2])
     from work_of_a_pool import work
