@@ -28,7 +28,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
 
 def test_and_report(run_dir: Path, config: FinetuneConfig, processes: Processes) -> None:
     """Test, and report accuracies, where the results are, and the next step."""
-    from hpm_video.runs.evaluation import describe_evaluation, evaluate_run
+    from hpm_video.runs.finetuning import describe_evaluation, evaluate_run
 
     result = evaluate_run(config, run_dir, processes)
     if not processes.is_first:
