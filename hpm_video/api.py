@@ -39,7 +39,7 @@ from hpm_video.recognition.trained_model import (
 )
 from hpm_video.runs.finetuning import finetune
 from hpm_video.runs.pretraining import build_objective as objective_of
-from hpm_video.runs.pretraining import build_target, pretrain
+from hpm_video.runs.pretraining import pretrain
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.training.device import AUTOCAST, Precision, choose_device, inference_precision
 from hpm_video.training.distributed import Processes
@@ -332,8 +332,7 @@ def build_model(
 def build_objective(config: PretrainConfig, student: MaskedAutoencoder) -> HardPatchesMining:
     """Build the objective of pre-training. Its teacher starts as a copy of ``student``."""
     teacher = make_ema(student) if config.mining.has_teacher else None
-    device = student.mask_token.device
-    return objective_of(config, teacher, build_target(config, device))
+    return objective_of(config, teacher, student.mask_token.device)
 
 
 def train(config: Config) -> Path:

@@ -37,8 +37,7 @@ def compare(arguments: argparse.Namespace) -> None:
     """Fine-tune and test from both starts, then print and write the comparison."""
     from hpm_video.config.loading import load_config
     from hpm_video.config.schema import FinetuneConfig
-    from hpm_video.runs.evaluation import evaluate_run
-    from hpm_video.runs.finetuning import finetune
+    from hpm_video.runs.finetuning import evaluate_run, finetune
 
     config = load_config(FinetuneConfig, arguments.config, arguments.overrides)
     if config.init_weights is None or (config.test.manifest or config.data.validation) is None:

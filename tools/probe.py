@@ -112,8 +112,12 @@ def probe_trained(arguments: argparse.Namespace, kind: str) -> dict[str, Any]:
     """Train a head on the frozen encoder, by the loop of fine-tuning."""
     from hpm_video.config.loading import load_config
     from hpm_video.config.schema import FinetuneConfig
-    from hpm_video.runs.evaluation import describe_evaluation, evaluate_run
-    from hpm_video.runs.finetuning import finetune, for_checkpoint
+    from hpm_video.runs.finetuning import (
+        describe_evaluation,
+        evaluate_run,
+        finetune,
+        for_checkpoint,
+    )
 
     config = load_config(FinetuneConfig, Path(f"probe/{kind}"), arguments.set)
     config = for_checkpoint(config, arguments.checkpoint, arguments.weights)

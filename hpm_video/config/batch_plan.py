@@ -1,8 +1,4 @@
-"""How the batch of an update is split over processes and micro-batches.
-
-The batch is the recipe's, and the same for any number of processes: each takes an equal share of
-it, in passes of ``micro_batch`` videos.
-"""
+"""How the batch of an update is split: an equal share for each process, in micro-batches."""
 
 from dataclasses import dataclass
 
@@ -31,9 +27,7 @@ def plan_batches(
     """Plan an update. Without ``micro_batch`` a process computes its share in one pass.
 
     ``multiple``: what a forward pass takes a multiple of, such as 2 where mixup pairs videos.
-
-    Raises:
-        ConfigError: it does not come out even.
+    Raises a ConfigError where it does not come out even.
     """
     possible = micro_batches(batch_size, processes, multiple)
     if micro_batch is not None and micro_batch not in possible:

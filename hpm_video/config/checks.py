@@ -40,7 +40,7 @@ def check_fields(section: str, config: object) -> None:
     """Refuse a value that breaks a rule of its field's type."""
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         for rule in _rules_of(hint):
-            check(f"{section}.{name}", getattr(config, name), rule.words, rule.holds)
+            check(f"{section}.{name}".strip("."), getattr(config, name), rule.words, rule.holds)
 
 
 def _rules_of(hint: Any) -> list[Rule]:

@@ -44,22 +44,20 @@ class DataConfig:
     interpolation: Interpolation = "bilinear"
     """How frames are resized."""
     validation_short_side: int | None = None
-    """Pixels of the shorter side that frames for validation and tests are resized to before crops
-    are cut out of them (ImageNet: 256, then 224). By default a crop is as large as fits."""
+    """Pixels of the shorter side of frames for validation and tests, of which crops are then cut
+    (ImageNet: 256, then 224). By default a crop is as large as fits."""
     sampling: Sampling = "dense"
     """``dense``: frames at the stride (Kinetics). ``segments``: one frame of each of num_frames
     equal parts of the video, whatever the stride (Something-Something V2)."""
     repeats: Count = 1
-    """Clips taken from each decoded video: in pre-training of frames of their own, in fine-tuning
-    augmented copies of the same frames. A batch counts videos."""
+    """Clips of each decoded video, in fine-tuning of the same frames. A batch counts videos."""
     clips_per_minute: Finite | None = None
-    """Samples that an epoch takes of each training video per minute of its length, at least one.
-    The manifest must state the length of every video. By default each gives one sample."""
+    """Samples of a training video in an epoch per minute of its length, at least one; the manifest
+    must state every length. By default each gives one."""
     flip: bool = False
-    """Whether half of the training clips are mirrored: never where labels depend on direction, as
-    those of Something-Something do."""
+    """Mirror half of the training clips: not where labels depend on direction (SSv2)."""
     label_names: str | None = unrelated(default=None)
-    """Text file with the name of class i in line i; by default names are those of the manifest."""
+    """Text file with the name of class i in line i; by default the manifest's names."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Mean of each channel, pixels being in [0, 1]. The default is ImageNet's."""
     std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
@@ -87,10 +85,8 @@ class DataConfig:
         if self.fps is None and self.frame_stride is None:
             object.__setattr__(self, "frame_stride", 4)
         stride = self.frame_stride or 1
-        is_enough = f"be at least data.frame_stride ({stride})"
-        check(
-            "data.max_frame_stride", self.max_frame_stride, is_enough, lambda most: most >= stride
-        )
+        most, is_enough = self.max_frame_stride, f"be at least data.frame_stride ({stride})"
+        check("data.max_frame_stride", most, is_enough, lambda most: most >= stride)
         for key in ("max_frame_stride", "fps"):
             if self.sampling == "segments" and (value := getattr(self, key)) is not None:
                 raise ConfigError(

@@ -70,8 +70,8 @@ class MiningConfig:
     """Ranking of errors, regression on errors, or no loss predictor: a masked autoencoder."""
     predictor_weight: NotNegative = 1.0
     momentum: choices.MomentumKind = "paper"
-    """Teacher's momentum: ``paper`` ramps linearly over 100 epochs, ``warmup`` is
-    min(last_momentum, (1 + n) / (10 + n)) at update n, for runs too short for the paper's."""
+    """Teacher's momentum: ``paper`` ramps linearly over 100 epochs; ``warmup``, for shorter runs,
+    is min(last_momentum, (1 + n) / (10 + n)) at update n."""
     first_momentum: Chance = 0.999
     """Momentum at the beginning of the paper's ramp."""
     last_momentum: Chance = 0.9999
@@ -80,9 +80,8 @@ class MiningConfig:
     ``quarter``: every second token of every second row, other rows in the next time step;
     ``every_second_step``, ``every_fourth_step``: all tokens of these time steps."""
     decoded_share: PositiveShare = 1.0
-    """Share of the hidden tokens that the student predicts, two at least, drawn anew for each clip.
-    The losses of reconstruction and ranking are then unbiased estimates of those over all of them.
-    """
+    """Share of the hidden tokens that the student predicts, two at least, drawn anew for each clip:
+    the losses are then unbiased estimates of those over all of them."""
 
     def __post_init__(self) -> None:
         check_fields("mining", self)

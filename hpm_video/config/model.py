@@ -20,11 +20,10 @@ class EncoderConfig:
     """Fixed codes: ``sequence``, over the token index as in VideoMAE; ``space_time``, of column and
     row as in MAE, plus one of time; or ``given``, kept with imported weights that have others."""
     class_token: bool = False
-    """Whether a learned token for the whole clip goes through encoder and decoders."""
+    """A learned token for the whole clip that goes through encoder and decoders."""
     conventions: Conventions = "videomae"
-    """What models of the two papers differ in beside their sizes. ``mae``: the layer from encoder
-    to decoders has a bias, patch embedding and tokens start as there (xavier-uniform; normal with
-    standard deviation 0.02), and pre-training decays the tokens."""
+    """``mae``: the layer from encoder to decoders has a bias, patch embedding and tokens start as
+    in that paper (xavier-uniform; normal, deviation 0.02), and pre-training decays the tokens."""
     drop_path: Chance = 0.0
     """Chance of dropping a residual branch of the encoder's last block; it rises from 0."""
     checkpoint_activations: bool = unrelated(default=False)
@@ -32,13 +31,12 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         check_fields("model", self)
-        self._check_positions(self.encoder)
-
-    def _check_positions(self, size: TransformerSize) -> None:
-        if self.positions != "sequence" and size.dim % 4:
-            raise ConfigError(
-                f"model.positions={self.positions} needs widths that 4 divides, got {size.dim}"
-            )
+        sizes = [value for value in vars(self).values() if isinstance(value, TransformerSize)]
+        for size in sizes if self.positions != "sequence" else ():
+            if size.dim % 4:
+                raise ConfigError(
+                    f"model.positions={self.positions} needs widths that 4 divides, got {size.dim}"
+                )
 
 
 @dataclass(frozen=True)
@@ -47,10 +45,6 @@ class ModelConfig(EncoderConfig):
 
     decoder: TransformerSize = field(default_factory=lambda: TransformerSize(384, 4, 6))
     """Size of the reconstructor and, where there is one, of the loss predictor."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_positions(self.decoder)
 
 
 @dataclass(frozen=True)
@@ -61,19 +55,18 @@ class ClassifierConfig(EncoderConfig):
     num_classes: Annotated[int, Rule("be at least 2", lambda count: count >= 2)] | None = None
     """Classes; by default as many as the training manifest has."""
     pretrained_grid: tuple[Count, Count, Count] | None = None
-    """Tokens along time, height and width in pre-training, in which positions are given. By
-    default those of ``init_weights``, and without these the clip's own."""
+    """Tokens along time, height and width in pre-training; by default those of ``init_weights``,
+    and without these the clip's own."""
     pooling: Pooling = "mean_norm"
-    """How the tokens of a clip become one vector. ``mean_norm``: their mean, then a layer norm, for
-    fine-tuning; there is none before it. ``class_token``: that token, normed. ``batch_norm``: the
-    normed class token, or without one the mean of normed tokens, each value standardised over the
-    batch, for a linear probe. ``attentive``: a query that learns which of the normed tokens to look
-    at, a class token among them. Means leave the class token out."""
+    """How tokens become one vector. ``mean_norm``: their mean, then a layer norm, none before it
+    (fine-tuning). ``class_token``: that token, normed. ``batch_norm``: the normed class token, else
+    the mean of normed tokens, each value standardised over the batch (linear probe). ``attentive``:
+    a query learns which normed tokens to look at. Only means leave the class token out."""
     frozen: bool = False
-    """Whether the encoder stays as it is, so that only pooling and head learn."""
+    """Only pooling and head learn."""
     init: Init = "truncated_normal"
-    """How linear layers that are not of ``init_weights`` start: ``truncated_normal`` with standard
-    deviation 0.02, as in VideoMAE, or ``xavier``-uniform, for narrow models."""
+    """How fresh linear layers start: ``truncated_normal`` with standard deviation 0.02, as in
+    VideoMAE, or ``xavier``-uniform, for narrow models."""
     head_dropout: Chance = 0.0
     head_init_scale: float = 0.001
 

@@ -4,7 +4,6 @@ A field marked with :func:`unrelated` does not change what a run computes (paths
 logging); the others do, and a run that has begun refuses to go on with another value.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Literal
 
 from hpm_video.config import training
 from hpm_video.config.batch_plan import BatchPlan, micro_batches, plan_batches
-from hpm_video.config.checks import ConfigError, unrelated
+from hpm_video.config.checks import ConfigError, Finite, check_fields, unrelated
 from hpm_video.config.data import AugmentationConfig, DataConfig, PretrainDataConfig
 from hpm_video.config.mining import MaskingConfig, MiningConfig
 from hpm_video.config.model import ClassifierConfig, EncoderConfig, ModelConfig
@@ -41,7 +40,7 @@ class RunConfig:
 
     @property
     def multiple(self) -> int:
-        """What the number of videos of a forward pass must be a multiple of."""
+        """What the videos of a forward pass must be a multiple of."""
         return 1
 
     def plan(self, processes: int, micro_batch: int | None = None) -> BatchPlan:
@@ -50,7 +49,9 @@ class RunConfig:
         return plan_batches(self.recipe.batch_size, processes, chosen, multiple=self.multiple)
 
     def micro_batches(self, processes: int) -> list[int]:
-        """Return all sizes of a micro-batch that are possible, ascending."""
+        """Return the sizes of a micro-batch that the config allows, ascending."""
+        if self.engine.micro_batch is not None:
+            return [self.engine.micro_batch]
         return micro_batches(self.recipe.batch_size, processes, self.multiple)
 
     @property
@@ -64,18 +65,22 @@ class RunConfig:
         return (1.0,)
 
 
+def key_of_source(name: str) -> str:
+    """What the keys of a source begin with in a config."""
+    return f"mix.{name}." if name else ""
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     """A further source of training clips in a run that mixes several, such as images."""
 
-    weight: float = 1.0
+    weight: Finite = 1.0
     """How often an update takes its batch from here; the main source, ``data``, has 1."""
     data: PretrainDataConfig = field(default_factory=PretrainDataConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
 
     def __post_init__(self) -> None:
-        if not 0 < self.weight < math.inf:
-            raise ConfigError(f"weight must be positive and finite, got {self.weight}")
+        check_fields("", self)
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,8 @@ class PretrainConfig(RunConfig):
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     mining: MiningConfig = field(default_factory=MiningConfig)
     mix: dict[str, SourceConfig] = field(default_factory=dict)
-    """Further sources of clips, by name. Each update takes its batch from one of them. An epoch is
-    then as long as it takes to see ``data`` once."""
+    """Further sources of clips by name. An update takes its batch from one source; an epoch is as
+    long as it takes to see ``data`` once."""
     knn: training.KnnConfig = unrelated(default=training.KnnConfig())
 
     def __post_init__(self) -> None:
@@ -107,7 +112,7 @@ class PretrainConfig(RunConfig):
             self._check_source(name, source.data)
 
     def _check_source(self, name: str, data: DataConfig) -> None:
-        at = f"mix.{name}." if name else ""
+        at = key_of_source(name)
         if self.mask_rule(name).strategy.picks and self.mining.predictor == "none":
             raise ConfigError(
                 f"{at}masking.strategy={self.maskings[name].strategy} needs a predictor, and "
@@ -124,7 +129,7 @@ class PretrainConfig(RunConfig):
     def mask_rule(self, source: str) -> MaskRule:
         """Return the rule by which the clips of a source are masked, or raise a ConfigError."""
         masking = self.maskings[source]
-        at = f"mix.{source}." if source else ""
+        at = key_of_source(source)
         grid = grid_of(self.sources[source], self.model, at)
         try:
             units = grid_of_units(grid, masking.unit).num_tokens
@@ -155,8 +160,8 @@ class FinetuneConfig(RunConfig):
     recipe: training.FinetuneRecipe = field(default_factory=training.FinetuneRecipe)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     init_from: Literal["student", "teacher", "average"] = "student"
-    """Whose weights of ``init_weights`` are taken: of pre-training the student's or the teacher's;
-    of a classifier its own (also called ``student``) or their ``average``."""
+    """Whose weights of ``init_weights`` are taken; those of a classifier itself count as
+    ``student``, their EMA is its ``average``."""
     test: training.EvaluationConfig = unrelated(default=training.EvaluationConfig())
 
     def __post_init__(self) -> None:

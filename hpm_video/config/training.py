@@ -65,13 +65,10 @@ class FinetuneRecipe(RecipeConfig):
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How updates are computed.
-
-    ``torch`` is plain torch, of several processes DDP. ``deepspeed`` computes the same with less
-    memory in each process.
-    """
+    """How updates are computed."""
 
     name: Literal["torch", "deepspeed"] = "torch"
+    """``torch``: of several processes DDP. ``deepspeed`` computes the same in less memory."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """What DeepSpeed shards over the processes: 0 nothing, 1 the optimizer's moments (the default),
     2 the gradients as well, 3 the weights, and the teacher's, as well."""
@@ -84,15 +81,14 @@ class EngineConfig:
     precision: Precision = "auto"
     """``auto``: bf16 autocast where the device is made for it. Weights are always fp32."""
     compile: CompileMode | Literal["auto"] = "auto"
-    """What ``torch.compile`` compiles: nothing (``off``), each transformer block, or all blocks of
-    an encoder or decoder at once (``model``), which takes longer to start. ``auto``: blocks on a
-    CUDA GPU unless weights are sharded, otherwise nothing."""
+    """What ``torch.compile`` compiles: nothing, each transformer block, or all of an encoder or
+    decoder at once, which takes longer to start. ``auto``: blocks on a CUDA GPU unless weights are
+    sharded, otherwise nothing."""
     residual: Literal["fp32", "bf16"] = "fp32"
-    """Precision between the blocks of a transformer. ``bf16`` needs precision=bf16 or auto, and
-    changes nothing where auto takes fp32. Norms and losses are always computed in fp32."""
+    """Precision between the blocks of a transformer; ``bf16`` changes nothing where precision=auto
+    takes fp32. Norms and losses are always computed in fp32."""
     micro_batch: Count | None = None
-    """Videos per forward pass of a process; by default on a GPU as many as fit, elsewhere all of
-    its share. The batch must be a multiple of it times the number of processes."""
+    """Videos per forward pass of a process; by default on a GPU as many as fit, elsewhere all."""
     threads: Count | None = None
     """Threads of the CPU's matrix products; by default torch's choice."""
 
@@ -136,8 +132,7 @@ class LoggingConfig:
     """Epochs between two picture sheets (one more at the end)."""
     trackers: tuple[str, ...] = ("jsonl", "tensorboard")
     """Where metrics and pictures go: jsonl (metrics.jsonl, of which curves and reports are made),
-    tensorboard, wandb, mlflow, and registered ones. A run makes sure that they are there; a model
-    is read without them."""
+    tensorboard, wandb, mlflow, and registered ones."""
 
     def __post_init__(self) -> None:
         check_fields("logging", self)
@@ -184,8 +179,7 @@ class KnnConfig:
     """Nearest neighbours of frozen features during pre-training: do they separate classes yet?"""
 
     train: str | None = None
-    """Labelled manifest or folder of the neighbours, whose clips are made as those of ``data``.
-    Without it nothing is measured."""
+    """Labelled manifest or folder of the neighbours; without it nothing is measured."""
     validation: str | None = None
     """Labelled manifest or folder of the videos to classify."""
     every_epochs: Positive = 20
@@ -200,6 +194,5 @@ class KnnConfig:
         check_fields("knn", self)
         if (self.train is None) != (self.validation is None):
             raise ConfigError(
-                f"knn.train={self.train} and knn.validation={self.validation} belong together: "
-                f"give both, or neither"
+                f"give both knn.train={self.train} and knn.validation={self.validation}, or neither"
             )

@@ -3,7 +3,7 @@
 import gc
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -37,8 +37,8 @@ TIMED_CLIPS = 8
 SIMULATED = (8, 16)
 """Files per update in the two updates from which a dry run extrapolates the activations."""
 GPU_SHARE = 0.9
-"""Share of a GPU's memory for updates where their size is found by trial: the rest is for what
-comes between them, and for what the processes exchange."""
+"""Share of a GPU's memory for the updates by which their size is found; the rest is for what comes
+between them, and for what the processes exchange."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,6 @@ class Trial:
     progress: Progress
 
     def __call__(self) -> Losses:
-        """Go forward and backward, step, and do what follows a step."""
         for group in self.engine.param_groups:
             group["lr"] = 1e-6
         with self.engine.autocast():
@@ -72,10 +71,7 @@ def trial_update(
     accumulate: int = 1,
     compiled: CompileMode = "off",
 ) -> Trial:
-    """Return an update to try, or where ``accumulate`` passes make an update, one of them.
-
-    It is in the last epoch, in which a teacher scores if it ever does. ``task``: resolved.
-    """
+    """Return an update to try, or one of its ``accumulate`` passes, of a resolved ``task``."""
     config = task.config
     with device if device.type == "cuda" else nullcontext():  # it draws weights much faster
         model = task.model()
@@ -114,10 +110,7 @@ def last_epoch(task: Task) -> Progress:
 def choose_plan(
     task: Task, device: torch.device, processes: Processes, precision: Precision
 ) -> BatchPlan:
-    """Plan an update as the config says, or on a GPU by trial: all take what fits everywhere.
-
-    The weights of the run lie there too meanwhile, which leaves room for what engines keep besides.
-    """
+    """Plan an update as the config says, or on a GPU by trial: all take what fits everywhere."""
     if task.config.engine.micro_batch is not None or device.type != "cuda":
         return task.config.plan(processes.count)
     torch.cuda.set_per_process_memory_fraction(GPU_SHARE, device)
@@ -149,20 +142,16 @@ def find_micro_batch(
 def largest_fitting(sizes: Sequence[int], run_once: Callable[[int], None]) -> int:
     """Find by bisection the largest of ascending ``sizes`` that the device has the memory to run.
 
-    Raises:
-        ConfigError: not even the smallest fits.
+    Raises a ConfigError if not even the smallest fits.
     """
 
     def fits(size: int) -> bool:
-        try:
+        found = False
+        with suppress(torch.OutOfMemoryError):
             run_once(size)
             found = True
-        except torch.OutOfMemoryError:
-            found = False
-        # Not in the except clause: there, the traceback still holds the tensors of the run.
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        gc.collect()  # only here: before, the traceback holds the tensors of the run
+        torch.cuda.empty_cache()
         return found
 
     if not fits(sizes[0]):
@@ -192,10 +181,9 @@ def precision_of(
 def describe_run(
     task: Task, processes: int, files: int | None = None, clips_per_second: float | None = None
 ) -> str:
-    """Describe a run in so many processes. The weights to start from may be missing.
+    """Describe a run in so many processes; ``clips_per_second`` is that of all together.
 
-    ``files``: so many are trained on, whether or not the lists are there. ``clips_per_second``: of
-    all processes together.
+    ``files``: so many are trained on, whether or not the lists are there.
     """
     check_trackers(task.config.logging)
     if files is not None:
@@ -207,8 +195,7 @@ def describe_run(
     count = sum(p.numel() for p in parameters)
     learning = sum(p.numel() for p in parameters if p.requires_grad)
     ema = 0 if task.ema is None else count
-    sizes = [engine.micro_batch] if engine.micro_batch else config.micro_batches(processes)
-    plans = [config.plan(processes, size) for size in sizes]
+    plans = [config.plan(processes, size) for size in config.micro_batches(processes)]
     precision: Precision = "fp32" if engine.precision == "fp32" else "bf16"
     zero, clip_grad = None, config.recipe.clip_grad
     if engine.name == "deepspeed":

@@ -155,8 +155,7 @@ def train(about: str | None, command_line: Sequence[str] | None, *, finetunes: b
     from hpm_video.config.loading import load_config
     from hpm_video.config.schema import FinetuneConfig, PretrainConfig
     from hpm_video.runs.autotune import describe_run
-    from hpm_video.runs.evaluation import describe_evaluation, evaluate_run
-    from hpm_video.runs.finetuning import Finetuning
+    from hpm_video.runs.finetuning import Finetuning, describe_evaluation, evaluate_run
     from hpm_video.runs.pretraining import Pretraining
     from hpm_video.runs.run import run as run_task
 

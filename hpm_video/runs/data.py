@@ -8,7 +8,7 @@ from pathlib import Path
 from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.data import DataConfig
-from hpm_video.config.schema import FinetuneConfig, RunConfig
+from hpm_video.config.schema import FinetuneConfig, RunConfig, key_of_source
 from hpm_video.data.manifest import NOT_STATED, Manifest, ManifestError, read_manifest
 from hpm_video.decoding.locations import base_name
 from hpm_video.decoding.registry import check_name
@@ -53,31 +53,25 @@ def open_data(config: RunConfig) -> RunData:
     """Read the manifests.
 
     Raises:
-        ConfigError: no data is named, or it does not fill a batch.
-        DecoderError: there is no decoder of that name.
-        ManifestError: a manifest cannot be used.
+        ConfigError, DecoderError, ManifestError: what the config names cannot be used.
     """
     sources = {}
     for name, data in config.sources.items():
         key = f"{key_of_source(name)}data"
         check_name(data.decoder)
         if not data.train:
-            raise ConfigError(
-                f"{key}.train is not set; give a manifest or folder: {key}.train=PATH"
-            )
+            raise ConfigError(f"{key}.train is not set; give {key}.train=MANIFEST or =FOLDER")
         train = open_manifest(data, data.train, f"{key}.train")
         if data.clips_per_minute is not None:
             train = train.by_length(data.clips_per_minute)
         validation = None
         if data.validation is not None:
             validation = open_manifest(data, data.validation, f"{key}.validation")
-        if validation and (shared := len({*train.files} & {*validation.files})):
-            log.warning(
-                "%d of the %d validation files are training files too; tools/split.py makes two "
-                "lists of one",
-                shared,
-                len(validation),
-            )
+            if shared := len({*train.files} & {*validation.files}):
+                log.warning(
+                    f"{shared} of the {len(validation)} validation files are training files too; "
+                    f"tools/split.py makes two lists of one"
+                )
         sources[name] = SourceData(train, validation)
     return RunData(sources, _timeline(config, len(sources[""].train)))
 
@@ -99,11 +93,6 @@ def _timeline(config: RunConfig, files: int) -> Timeline:
         raise ConfigError(f"recipe: {error}") from error
 
 
-def key_of_source(name: str) -> str:
-    """What the keys of a source begin with in a config."""
-    return f"mix.{name}." if name else ""
-
-
 def open_manifest(data: DataConfig, path: str, key: str) -> Manifest:
     """Read the list or folder that ``key`` of a config names. Raises a ManifestError with it."""
     place = Path(path).expanduser()
@@ -120,14 +109,14 @@ def describe_training(config: RunConfig, data: RunData, plan: BatchPlan, model: 
     """Describe the sources, the model, how the batch is spread and the schedule, line by line."""
     lines = []
     for name, source in data.sources.items():
-        given, repeats = config.sources[name], config.sources[name].repeats
+        given = config.sources[name]
         often = f"{len(source.train)} samples per epoch, " if given.clips_per_minute else ""
         measured = ", no validation"
         if source.validation:
             measured = f"; validation on {len(source.validation)} ({given.validation})"
         lines.append(
             f"{name or 'data'}: {counted(source.train.num_files, 'file')} to train on "
-            f"({given.train}), {often}{counted(repeats, 'clip')} of each{measured}"
+            f"({given.train}), {often}{counted(given.repeats, 'clip')} of each{measured}"
         )
     epochs, updates = config.recipe.epochs, data.timeline.num_updates
     return [

@@ -1,6 +1,7 @@
-"""The directory of a run: its lock, its state, and whether a config may resume it."""
+"""The directory of a run: its lock, its state, and whether a config and weights belong to it."""
 
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,15 +12,21 @@ from typing import Any
 
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_any_config, result_differences, save_config
-from hpm_video.config.schema import RunConfig
+from hpm_video.config.schema import PretrainConfig, RunConfig, key_of_source
 from hpm_video.files.atomic import remove_unfinished, written_beside
-from hpm_video.runs.data import RunData, key_of_source
+from hpm_video.files.weights import OF_ANOTHER_PROJECT, CheckpointError
+from hpm_video.models.from_config import AnyConfig
+from hpm_video.runs.data import RunData
 from hpm_video.training import checkpoint
 from hpm_video.training.distributed import Processes
+
+log = logging.getLogger(__name__)
 
 HASHES = {"init_weights.sha256", "feature_weights.sha256"}
 RUN_FILES = {".lock", "checkpoints", "config.yaml", "labels.txt"} | HASHES
 """What a run that was killed at its very start may have left."""
+SAME_ENCODER = ("encoder", "patch_size", "channels", "positions", "class_token", "conventions")
+"""Fields of a model's config that must equal those of its weights."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,6 @@ class RunDirectory:
 
     @classmethod
     def at(cls, path: Path) -> "RunDirectory":
-        """Look at a directory."""
         newest = next(reversed(checkpoint.checkpoints_in(path / "checkpoints")), None)
         return cls(path, newest)
 
@@ -96,12 +102,7 @@ def locked(config: RunConfig, processes: Processes) -> Iterator[RunDirectory]:
 
 
 def check_same_run(directory: RunDirectory, config: RunConfig, data: RunData) -> None:
-    """Make sure that the run in ``directory`` is one of the same config and data.
-
-    Raises:
-        ConfigError: it is another one.
-        CheckpointError: its newest checkpoint cannot be read.
-    """
+    """Raise a ConfigError unless the run in ``directory`` is one of the same config and data."""
     if directory.newest is None:
         return
     stored = load_any_config(directory.newest / "config.yaml")
@@ -128,11 +129,8 @@ def note_weights(
 ) -> dict[str, str]:
     """Return the SHA-256 of the weights that a run begins with, under the name of its file.
 
-    ``key``: of the config, which names the weights as ``given``; ``file``: of a checkpoint folder.
-
-    Raises:
-        ConfigError: the run began with other weights than lie there now.
-        CheckpointError: there are none, and the run has yet to begin.
+    ``key`` of the config names the weights as ``given``; ``file`` is that of a checkpoint folder.
+    Raises a ConfigError where the run began with others, a CheckpointError where there are none.
     """
     path = directory.path / f"{key.rpartition('.')[2]}.sha256"
     before = path.read_text().strip() if directory.newest and path.is_file() else None
@@ -148,6 +146,47 @@ def note_weights(
             f"output_dir, or give the weights of before"
         )
     return {path.name: f"{now}\n"}
+
+
+def config_beside(config: AnyConfig) -> AnyConfig | None:
+    """The config of the run that initial weights are of; none where they are of no run.
+
+    Raises:
+        CheckpointError, ConfigError: they are of another project, or of another model.
+    """
+    if config.init_weights is None:
+        return None
+    source = Path(config.init_weights).expanduser()
+    if source.is_file() and source.suffix != ".safetensors":
+        raise CheckpointError(f"{source} is no file of safetensors. {OF_ANOTHER_PROJECT}")
+    path = (source if source.is_dir() else source.parent) / "config.yaml"
+    if not path.is_file():
+        return None
+    beside = load_any_config(path)
+    check_same_model(config, beside)
+    return beside
+
+
+def check_same_model(config: AnyConfig, source: AnyConfig) -> None:
+    """Make sure that the encoder of ``source``, and of pre-training the decoder, is that here.
+
+    Weights alone do not tell their heads or positions. The ConfigError names every difference.
+    """
+    same, different = [*SAME_ENCODER], []
+    if isinstance(config, PretrainConfig) and isinstance(source, PretrainConfig):
+        same.append("decoder")
+    for name in same:
+        theirs, ours = getattr(source.model, name), getattr(config.model, name)
+        different += result_differences(theirs, ours, f"model.{name}.")
+    if different:
+        raise ConfigError(
+            f"the model of init_weights={config.init_weights} is another one (its -> here):\n  "
+            + "\n  ".join(different)
+            + "\nTake its values."
+        )
+    was, now = (f"data.mean={one.data.mean} data.std={one.data.std}" for one in (source, config))
+    if was != now:
+        log.warning(f"init_weights={config.init_weights} was trained with {was}, here it is {now}")
 
 
 def claim(directory: RunDirectory, config: RunConfig, notes: dict[str, str]) -> None:

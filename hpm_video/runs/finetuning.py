@@ -1,11 +1,13 @@
-"""Fine-tuning for action recognition: from a config to a run."""
+"""Fine-tuning for action recognition: from a config to a run, and the test of what it trained."""
 
+import json
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,24 +17,31 @@ from hpm_video.config.data import DataConfig
 from hpm_video.config.loading import load_any_config
 from hpm_video.config.schema import FinetuneConfig
 from hpm_video.data.augment import Augmentation
+from hpm_video.data.reading import Views
 from hpm_video.data.transforms import ClipTransform
 from hpm_video.files.weights import load_weights
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.from_config import build_classifier, source_grid_of
-from hpm_video.recognition import labels
+from hpm_video.recognition import labels, testing
 from hpm_video.recognition.inference import Inference, Reading, find_failures, over_videos
 from hpm_video.recognition.objective import Classification, Mixing
-from hpm_video.recognition.testing import TOP, summarise
-from hpm_video.recognition.trained_model import OF_DECODERS, OF_POOLING
-from hpm_video.runs.data import RunData, open_data
-from hpm_video.runs.directory import RunDirectory, note_weights
-from hpm_video.runs.init_weights import SAME_ENCODER, config_beside
+from hpm_video.recognition.trained_model import (
+    OF_DECODERS,
+    OF_POOLING,
+    TrainedClassifier,
+    open_trained,
+)
+from hpm_video.runs.data import RunData, open_data, open_manifest
+from hpm_video.runs.directory import SAME_ENCODER, RunDirectory, config_beside, note_weights
+from hpm_video.runs.report import write_report
 from hpm_video.runs.run import run
 from hpm_video.runs.task import Task
-from hpm_video.training.checkpoint import read_weights
+from hpm_video.training.checkpoint import read_state, read_weights
+from hpm_video.training.device import Precision, choose_device
 from hpm_video.training.distributed import Processes
 from hpm_video.training.ema import MomentumSchedule
 from hpm_video.training.engine import Engine
+from hpm_video.training.fast import choose_compiling, make_fast
 from hpm_video.training.optim import OPTIMIZERS, Tensors, layer_decay_of, parameter_groups
 from hpm_video.training.run import Evaluation
 
@@ -149,10 +158,12 @@ class Finetuning(Task[ClipClassifier, Classification]):
                     model, config.data, engine.device, engine.precision, per_pass
                 )
                 found = over_videos(classifier.probabilities, clips, reading, processes, per_pass)
-            result = summarise(found, names)
+            result = testing.summarise(found, names)
             of_label = np.take_along_axis(found.values, found.labels[:, None], axis=1)
             cross_entropy = float(-np.nanmean(np.log(np.maximum(of_label, 1e-12))))
-            tops = {name: result[name] for name in ("top1", "top5")[: 1 + (len(names) > TOP)]}
+            tops = {
+                name: result[name] for name in ("top1", "top5")[: 1 + (len(names) > testing.TOP)]
+            }
             return tops | {"cross_entropy": cross_entropy}
 
         return Evaluation(validate, score="top1", more_is_better=True, describe=_describe_measures)
@@ -161,10 +172,7 @@ class Finetuning(Task[ClipClassifier, Classification]):
 def resolve(
     config: FinetuneConfig, num_classes: int, directory: RunDirectory | None = None
 ) -> FinetuneConfig:
-    """Fill in what a config left open: the number of classes, and the grid of pre-training.
-
-    A run that goes on in ``directory`` knows that grid, though its ``init_weights`` may be gone.
-    """
+    """Fill in the number of classes and the grid of pre-training, which a run keeps once begun."""
     grid, source = config.model.pretrained_grid, config_beside(config)
     if grid is None and directory is not None and directory.newest is not None:
         before = load_any_config(directory.newest / "config.yaml")
@@ -231,6 +239,76 @@ def load_pretrained(
 
 
 def _describe_measures(measures: dict[str, float]) -> str:
-    top5 = f", top-5 {measures['top5']:.3f}" if "top5" in measures else ""
-    cross_entropy = f", cross-entropy {measures['cross_entropy']:.3f}"
-    return f"validation: top-1 {measures['top1']:.3f}{top5}{cross_entropy}"
+    words = {"top1": "top-1", "top5": "top-5", "cross_entropy": "cross-entropy"}
+    return "validation: " + ", ".join(f"{words[key]} {measures[key]:.3f}" for key in measures)
+
+
+def evaluate_run(
+    config: FinetuneConfig,
+    run_dir: Path,
+    processes: Processes = Processes(),  # noqa: B008 - it is frozen
+) -> dict[str, Any] | None:
+    """Test a finished run as its config says. -> the result, none without a manifest to test on
+
+    It is written to ``test/``, and the same test of the same weights and videos is not repeated.
+
+    Raises:
+        BadFilesError, ConfigError, ManifestError, CheckpointError: the test cannot be run.
+    """
+    how = config.test
+    source = how.manifest or config.data.validation
+    if source is None:
+        log.info("no data.validation and no test.manifest: nothing is tested")
+        return None
+    # Of one process: a link that was just replaced may be seen late elsewhere.
+    checkpoint = processes.of_first((run_dir / "checkpoints" / how.checkpoint).resolve)
+    precision: Precision = read_state(checkpoint, of_run=True)["facts"]["precision"]
+    key = "test.manifest" if how.manifest else "data.validation"
+    manifest, views = open_manifest(config.data, source, key), Views(how.clips, how.crops)
+    trained = open_trained(checkpoint, TrainedClassifier, how.weights)
+    engine = config.engine
+    device = choose_device(engine.device, processes.count)
+    classifier = Inference.load(trained, device, precision)
+    make_fast(choose_compiling(engine, device), classifier.model, residual=engine.residual)
+    what = {
+        "checkpoint": str(run_dir / "checkpoints" / checkpoint.name),
+        "chosen_as": how.checkpoint,
+        "manifest": source,
+        "exclude_bad_files": how.exclude_bad_files,
+        **testing.describe_test(trained, classifier, manifest, views),
+    }
+    name = f"{how.checkpoint}-{how.weights}-{how.clips}x{how.crops}-{Path(source).stem}"
+    folder = run_dir / "test" / name
+    before = processes.of_first(lambda: _result_before(folder / "result.json", what))
+    if before is not None:
+        return before
+    log.info("testing %s", _describe_test(what))
+    reading = Reading.of(config.data, exclude_bad_files=how.exclude_bad_files)
+    names = trained.label_names
+    scores = testing.score_videos(classifier, names, manifest, views, reading, processes)
+    result = {"folder": str(folder), "test": what, **testing.summarise(scores, names)}
+    if processes.is_first:
+        testing.write_results(folder, scores, result, names)
+        write_report(run_dir)
+    return result
+
+
+def _result_before(path: Path, what: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the result of the same test, if it was written."""
+    with suppress(OSError, ValueError):
+        before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if before.get("test") == what:
+            return before
+    return None
+
+
+def _describe_test(how: dict[str, Any]) -> str:
+    return (
+        f"the {how['chosen_as']} checkpoint ({how['weights']} of update {how['update']}), "
+        f"{how['clips']} x {how['crops']} views of each video"
+    )
+
+
+def describe_evaluation(result: dict[str, Any]) -> str:
+    """Describe the result of :func:`evaluate_run` for the terminal."""
+    return f"{_describe_test(result['test'])}:\n{testing.describe(result)}"

@@ -36,8 +36,7 @@ from hpm_video.recognition.probes import nearest_neighbours
 from hpm_video.recognition.testing import summarise
 from hpm_video.recognition.trained_model import TrainedAutoencoder, open_trained
 from hpm_video.runs.data import open_manifest
-from hpm_video.runs.directory import RunDirectory, note_weights
-from hpm_video.runs.init_weights import config_beside
+from hpm_video.runs.directory import RunDirectory, config_beside, note_weights
 from hpm_video.runs.run import run
 from hpm_video.runs.task import Task
 from hpm_video.training.checkpoint import read_weights
@@ -79,20 +78,17 @@ def build_target(config: PretrainConfig, device: torch.device) -> Target:
 def build_objective(
     config: PretrainConfig,
     teacher: MaskedAutoencoder | None,
-    target: Target,
+    device: torch.device,
     engine: Engine | None = None,
 ) -> HardPatchesMining:
-    """Build the objective of a config; without a teacher, that of a plain masked autoencoder.
-
-    ``engine``: the one that shards the teacher, if any does.
-    """
+    """Build the objective of a config. ``engine``: the one that shards the teacher, if any does."""
     mining = config.mining
     by_engine: dict[str, Any] = {}
     if engine is not None:
         by_engine = {"gathered": engine.gathered, "ema_update": engine.ema_update}
     return OBJECTIVES[mining.objective](
         {name: config.mask_rule(name) for name in config.sources},
-        target,
+        build_target(config, device),
         predictor=mining.predictor,
         predictor_weight=mining.predictor_weight,
         ema=teacher,
@@ -115,8 +111,7 @@ def load_run(
     if config.mining.has_teacher:
         of_teacher = open_trained(checkpoint, TrainedAutoencoder, "teacher", overrides=overrides)
         teacher = of_teacher.build().requires_grad_(requires_grad=False).to(device)
-    target = build_target(config, device)
-    return config, student.to(device), build_objective(config, teacher, target)
+    return config, student.to(device), build_objective(config, teacher, device)
 
 
 def pretrain(config: PretrainConfig, processes: Processes = Processes()) -> Path:  # noqa: B008
@@ -140,7 +135,6 @@ class Pretraining(Task[MaskedAutoencoder, HardPatchesMining]):
         return build_student(self.config)
 
     def initialise(self, model: MaskedAutoencoder) -> Tensors | None:
-        """Put ``init_weights`` into the student, and return the teacher's where they lie beside."""
         given = self.config.init_weights
         if given is None:
             return None
@@ -174,7 +168,7 @@ class Pretraining(Task[MaskedAutoencoder, HardPatchesMining]):
     def objective(
         self, ema: MaskedAutoencoder | None, device: torch.device, engine: Engine | None = None
     ) -> HardPatchesMining:
-        return build_objective(self.config, ema, build_target(self.config, device), engine)
+        return build_objective(self.config, ema, device, engine)
 
     def evaluation(self, folder: Path, objective: HardPatchesMining, engine: Engine) -> Evaluation:
         """Measure clips of each source, a share in each process, draw some, and probe features."""

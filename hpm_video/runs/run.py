@@ -41,8 +41,7 @@ log = logging.getLogger(__name__)
 def run(task: Task, processes: Processes = Processes()) -> Path:  # noqa: B008 - it is frozen
     """Train a task, or resume the run in its output directory. -> that directory
 
-    Whatever can be wrong is found before the directory is written to: an ExpectedError says what.
-    Raises what ``fit`` raises, too.
+    Raises an ExpectedError for what is wrong, before the directory is written to, or as ``fit``.
     """
     updates = task.data.timeline.num_updates
     check_trackers(task.config.logging)

@@ -67,10 +67,7 @@ class Task(ABC, Generic[Model, Goal]):
 
     @abstractmethod
     def notes(self, directory: RunDirectory) -> dict[str, str]:
-        """Return the files that the run directory keeps of the run's start: text by name.
-
-        Raises a ConfigError where the run there began otherwise.
-        """
+        """Return what the directory keeps of the start, text by name. Raises where it differs."""
 
     @abstractmethod
     def model(self) -> Model:
@@ -96,10 +93,7 @@ class Task(ABC, Generic[Model, Goal]):
 
     @abstractmethod
     def evaluation(self, folder: Path, objective: Goal, engine: Engine) -> Evaluation:
-        """Return what is measured during training, and drawn to the run's ``folder``.
-
-        Raises where the videos to measure on cannot be used.
-        """
+        """Return what is measured during training, and drawn to the run's ``folder``."""
 
 
 def make_models(

@@ -17,7 +17,7 @@ from hpm_video.models.positions import position_table
 from hpm_video.recognition.trained_model import ClipChoice
 from hpm_video.runs.autotune import trial_update
 from hpm_video.runs.finetuning import Finetuning
-from hpm_video.runs.pretraining import Pretraining, build_objective, build_target
+from hpm_video.runs.pretraining import Pretraining, build_objective
 from hpm_video.tokens.grid import TokenGrid
 
 ROOT = Path(__file__).parents[2]
@@ -79,8 +79,8 @@ def test_every_shipped_config_loads_round_trips_and_builds(path, tmp_path):
     config = shallow(config)
     with torch.device("meta"):
         student = build_student(config)
-        target = build_target(config, torch.device("meta"))
-        build_objective(config, student if config.mining.has_teacher else None, target)
+        teacher = student if config.mining.has_teacher else None
+        build_objective(config, teacher, torch.device("meta"))
     data = path.stem.split("_")[0]
     expected = TOKENS.get(path.stem, TOKENS.get(data, 1568))
     assert student.grid.num_tokens == expected
@@ -278,8 +278,7 @@ def test_a_mixture_is_built_with_a_grid_a_mask_and_a_crop_for_each_source():
         student = build_student(config)
     assert student.grid == TokenGrid(3, 6, 6)
     assert student.grids[1:] == (TokenGrid(1, 8, 8), TokenGrid(8, 28, 28))
-    target = build_target(config, torch.device("cpu"))
-    masks = build_objective(config, student, target).masks
+    masks = build_objective(config, student, torch.device("cpu")).masks
     assert {name: rule.grid for name, rule in masks.items()} == {
         "": student.grid,
         "images": TokenGrid(1, 8, 8),
@@ -609,8 +608,8 @@ def test_the_stride_is_4_unless_clips_have_a_rate(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["knn.train=a.csv"], "knn.train=a.csv and knn.validation=None belong together"),
-        (["knn.validation=a.csv"], "knn.train=None and knn.validation=a.csv belong together"),
+        (["knn.train=a.csv"], "give both knn.train=a.csv and knn.validation=None, or neither"),
+        (["knn.validation=a.csv"], "give both knn.train=None and knn.validation=a.csv, or neither"),
         (["knn.k=0"], "k must be at least 1, got 0"),
         (["knn.videos=0"], "videos must be at least 1, got 0"),
         (["knn.every_epochs=0"], "must be positive, got 0"),

@@ -16,7 +16,7 @@ from hpm_video.mining.study import study_clips
 from hpm_video.mining.targets import FeatureTarget, PixelTarget
 from hpm_video.mining.validation import measure
 from hpm_video.models.from_config import build_student
-from hpm_video.runs.pretraining import build_objective, build_target
+from hpm_video.runs.pretraining import build_objective
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import STRATEGIES, MaskRule, TokenMask
 from hpm_video.tokens.patches import patchify, standardise
@@ -309,10 +309,12 @@ def test_a_config_says_what_is_reconstructed(tmp_path, target, width, has_teache
         """
     )
     config = load_config(PretrainConfig, path, [])
-    student, goal = build_student(config), build_target(config, CPU)
+    student = build_student(config)
+    teacher = make_ema(student) if has_teacher else None
+    objective = build_objective(config, teacher, CPU)
+    goal = objective.target
     assert student.reconstructor.head.out_features == width
     assert goal.of_teacher == config.mining.has_teacher == has_teacher
     assert (goal.patch_size, goal.mean) == (PATCH, MEAN)
-    teacher = make_ema(student) if has_teacher else None
-    losses = build_objective(config, teacher, goal).losses(student, batch_of(), Progress(0, 0, 1))
+    losses = objective.losses(student, batch_of(), Progress(0, 0, 1))
     assert losses.total > 0

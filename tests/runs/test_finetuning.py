@@ -18,7 +18,7 @@ from hpm_video.data.manifest import ManifestError, read_manifest
 from hpm_video.files.failures import BadFilesError
 from hpm_video.recognition.inference import Inference
 from hpm_video.recognition.trained_model import TrainedModel, open_trained
-from hpm_video.runs.evaluation import evaluate_run
+from hpm_video.runs.finetuning import evaluate_run
 from hpm_video.runs.finetuning import finetune as run_finetuning
 from hpm_video.runs.pretraining import pretrain as run_pretraining
 from hpm_video.training.checkpoint import checkpoints_in, read_optimizer, read_state

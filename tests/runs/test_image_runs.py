@@ -19,8 +19,7 @@ from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.files.failures import TooManyBadFiles
 from hpm_video.files.weights import CheckpointError
-from hpm_video.runs.evaluation import evaluate_run
-from hpm_video.runs.finetuning import finetune
+from hpm_video.runs.finetuning import evaluate_run, finetune
 from hpm_video.runs.pretraining import load_run
 from hpm_video.runs.pretraining import pretrain as run_pretraining
 from hpm_video.training import fast

@@ -10,7 +10,7 @@ import pytest
 
 from hpm_video.config.loading import load_any_config
 from hpm_video.config.schema import FinetuneConfig
-from hpm_video.runs.init_weights import check_same_model
+from hpm_video.runs.directory import check_same_model
 
 ROOT = Path(__file__).parents[2]
 PAGES = (

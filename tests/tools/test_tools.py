@@ -196,9 +196,7 @@ def test_multiply_adds_of_the_page_on_scaling_are_those_of_its_config():
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     stated = re.search(r"(\d+) GMAC per clip for the student and (\d+)", page).groups()
     config = load_config(PretrainConfig, ROOT / "configs" / "pretrain" / "k400_hpm_b.yaml", [])
-    assert [int(number) for number in numbers.groups()] == pytest.approx(
-        count_gmac(config), abs=0.51
-    )
+    assert [int(number) for number in stated] == pytest.approx(count_gmac(config), abs=0.51)
 
 
 def test_multiply_adds_are_those_of_the_shapes(bench, write_config):
