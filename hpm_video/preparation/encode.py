@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +29,12 @@ _RGB_MATRIX = 0
 
 
 def write_video(path: Path | str, frames: Iterable[NDArray[np.uint8]], **settings: Any) -> int:
-    """Encode RGB frames of (H, W, 3) uint8, H and W even and the same for all; return their number.
+    """Encode RGB frames, at least one of (H, W, 3) uint8, H and W even; return their number.
 
     ``settings``: those of :class:`VideoWriter`. The file is written atomically.
     """
-    source = iter(frames)
-    first = next(source, None)
-    if first is None:
-        raise ValueError("a video needs at least one frame, got none")
-    size = first.shape[0], first.shape[1]
-    with written_beside(Path(path)) as beside, VideoWriter(beside, size, **settings) as writer:
-        for frame in chain([first], source):
+    with written_beside(Path(path)) as beside, VideoWriter(beside, **settings) as writer:
+        for frame in frames:
             writer.write(picture_of(frame))
     return writer.count
 
@@ -61,7 +55,6 @@ class VideoWriter:
     """
 
     path: Path
-    size: Size  # even height and width
     fps: int | Fraction = 25
     crf: int = 20  # quality, from 0 (lossless but for the halved colour planes) to 51
     gop: int = 12  # distance of key frames, which a decoder that seeks has to go through
@@ -79,7 +72,6 @@ class VideoWriter:
             parameters += ["bframes=3", "b-adapt=0", "b-pyramid=none"]
         options["x264-params"] = ":".join(parameters)
         self._stream = self._container.add_stream("libx264", rate=self.fps, options=options)
-        self._stream.height, self._stream.width = self.size
         self._stream.pix_fmt = "yuv420p"
         self._stream.gop_size = self.gop
 
@@ -89,7 +81,9 @@ class VideoWriter:
             setattr(self._stream.codec_context, name, getattr(frame, name))
 
     def write(self, frame: av.VideoFrame) -> None:
-        """Append a frame, which is shown for 1 / fps seconds."""
+        """Append a frame of even sides, which is shown for 1 / fps seconds."""
+        if not self.count:
+            self._stream.height, self._stream.width = frame.height, frame.width
         frame.pts, frame.time_base = self.count, 1 / Fraction(self.fps)
         # Otherwise the encoder would take over the key frames of the source.
         frame.pict_type = PictureType.NONE

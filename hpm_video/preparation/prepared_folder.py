@@ -21,7 +21,7 @@ import os
 import tarfile
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, astuple, fields, replace
+from dataclasses import asdict, astuple, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import IO, Any
@@ -112,9 +112,8 @@ class PreparedFolder:
         for record in self._journal.read():
             if "shard" in record:
                 self._shards[record["shard"]] = record
-            elif self.names.get(record["place"]) == record["name"]:
-                values = {each.name: record[each.name] for each in fields(Output)}
-                self.outputs[record["place"]] = Output(**values)
+            elif self.names.get(place := record.pop("place")) == record.pop("name"):
+                self.outputs[place] = Output(**record)
         if outdated := self._find_packed():
             raise FileExistsError(
                 f"the shards of {self.path} hold {counted(len(outdated), 'file')} of another time "

@@ -121,7 +121,7 @@ class Transcoder:
     ) -> Steps[tuple[int, int]]:
         """Write a video. -> the number of frames, and the largest distance of key frames"""
         resizer, to = Resizer(size), self.recipe
-        with VideoWriter(Path(path), size, fps, to.crf, to.key_frames, True) as writer:
+        with VideoWriter(Path(path), fps, to.crf, to.key_frames, quick=True) as writer:
             for frame in frames:
                 small = resizer.yuv(frame)
                 if not writer.count:

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -280,13 +279,7 @@ class TestWriteVideo:
             read = video.read(range(5)).astype(int)
         assert np.abs(read - np.stack(frames)).max() <= 3  # gray: colour is stored at half size
 
-    @pytest.mark.parametrize(
-        ("frames", "message"),
-        [([], "at least one frame"), ([np.zeros((8, 8, 3), np.float32)], "float32")],
-    )
-    def test_bad_frames_are_refused_and_leave_nothing(
-        self, tmp_path: Path, frames: list[NDArray[Any]], message: str
-    ) -> None:
-        with pytest.raises(ValueError, match=message):
-            write_video(tmp_path / "a.mp4", frames)
+    def test_bad_frames_are_refused_and_leave_nothing(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="float32"):
+            write_video(tmp_path / "a.mp4", [np.zeros((8, 8, 3), np.float32)])
         assert list(tmp_path.iterdir()) == []
