@@ -37,14 +37,11 @@ ACROSS, DOWN = 0.3, 0.75
 """Inches from one clip to the next; the names of a clip and its frames stand above it."""
 LETTERS, LETTERS_BESIDE = 10, 24
 """Letters in an inch of text, and in a line beside a view."""
-TINT = 0.75
-"""Weight of the colour of a hidden patch; the rest is the patch itself."""
+TINT = 0.75  # weight of the colour of a hidden patch; the rest is the patch itself
 HIDDEN = (196, 198, 203)
 PICKED = (214, 116, 82)
-UNKNOWN = (226, 228, 232)
-"""The colour of tokens whose error is not known, because no mask hid them."""
-COLOURS = matplotlib.colormaps["inferno"].with_extremes(bad=f"#{bytes(UNKNOWN).hex()}")
-"""The colours of ranks from 0 to 1."""
+UNKNOWN = (226, 228, 232)  # of tokens whose error is not known, because no mask hid them
+COLOURS = matplotlib.colormaps["inferno"].with_extremes(bad=f"#{bytes(UNKNOWN).hex()}")  # of ranks
 
 
 class Panel(NamedTuple):
@@ -81,8 +78,7 @@ def make_panels(study: Study) -> list[Panel]:
 def to_ranks(scores: Scores) -> Scores:
     """Place of each score among all, from 0 (smallest) to 1: (N,) -> (N,)
 
-    Equal scores share a place, NaN stays. Ranks, because errors and predicted difficulties have
-    different scales, and training fits only the order of one to that of the other.
+    Equal scores share a place, NaN stays. Only the order of predicted difficulties means anything.
     """
     ranks = pd.Series(scores).rank() - 1
     return (ranks / max(ranks.count() - 1, 1)).to_numpy(scores.dtype)
@@ -118,14 +114,9 @@ def draw_sheet(
 ) -> Figure:
     """Views as rows and time steps as columns, for one clip or several of one model.
 
-    Short clips stand side by side, as long as their columns fit.
-
-    Args:
-        studies: what is drawn.
-        times: the frames that are shown; by default the first ones of time steps spread evenly
-            over all.
-        title: what was studied, say checkpoint and video.
-        moments: the name of each frame of a clip; by default "frame 1" and so on.
+    Short clips stand side by side, as long as their columns fit. ``times``: the frames that are
+    shown; by default the first ones of time steps spread evenly over all. ``title``: what was
+    studied. ``moments``: the name of each frame of a clip; by default "frame 1" and so on.
     """
     studies = [studies] if isinstance(studies, Study) else list(studies)
     steps, step = studies[0].grid.time, studies[0].patch_size[0]
@@ -258,5 +249,5 @@ def write_pictures(
     with student.autocast():
         studies = study_clips(objective, student, batch.to(student.device))
     path = folder / f"{name}.png"
-    save_sheet(draw_sheet(studies, title=str(path.with_suffix(""))), path)
+    save_sheet(draw_sheet(studies, title=f"{folder / name}"), path)
     return path

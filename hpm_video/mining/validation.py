@@ -41,9 +41,7 @@ def measure(
     batches: Iterable[ClipBatch],
     processes: Processes = Processes(),  # noqa: B008 - it is frozen
 ) -> Measures:
-    """Measures over all clips of ``batches``, under ``NUM_MASKS`` random masks of each.
-
-    Of several processes each has batches of its own, and all get the measures over all of them.
+    """Measures over all clips of all processes, under ``NUM_MASKS`` random masks of each.
 
     ``relative_error``: reconstruction error divided by that of the baseline; where the target is
     pixels, the mean of each patch and channel. The rankings are shares of pairs of tokens

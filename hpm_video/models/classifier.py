@@ -13,11 +13,7 @@ from hpm_video.tokens.grid import TokenGrid
 
 
 class ClipClassifier(ClipEncoder):
-    """An encoder, pooling and a linear head.
-
-    As MAE and VideoMAE fine-tune: the mean over tokens, a new layer norm behind it, and a head that
-    starts near 0.
-    """
+    """An encoder, pooling and a linear head, which starts near 0 as in MAE and VideoMAE."""
 
     def __init__(
         self,

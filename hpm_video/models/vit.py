@@ -69,8 +69,7 @@ class Transformer(nn.Module):
     """Blocks and the norm behind them (``final_norm=False``: none).
 
     Stochastic depth (Huang et al., 2016) drops residual branches of single samples, with a chance
-    that rises linearly over the blocks to ``drop_path``. Its draws are an argument, so that they
-    can depend on the sample alone.
+    that rises linearly over the blocks to ``drop_path``. Draws are given, by the sample alone.
     """
 
     def __init__(

@@ -94,8 +94,7 @@ def extract(
 ) -> list[Failure]:
     """Compute the features that a claimed folder lacks. -> the videos that do not decode
 
-    The clips of a forward pass are of one video, so that the last bit of its features does not
-    depend on which other videos are computed.
+    The clips of a pass are of one video, so that its features do not depend on others by a bit.
     """
     places, layout = folder.missing(), folder.layout
     stream = stream_parts(

@@ -87,7 +87,7 @@ def each_video(
 ) -> Iterator[tuple[int, NDArray[np.float64] | Failure]]:
     """Yield the position of each video, and the mean of its views' values or why it failed.
 
-    Unless bad files are excluded, only further failures are wanted after the first one.
+    Unless bad files are excluded, only failures follow after the first one.
     """
     left, failed, views = iter(positions), False, clips.views.count
     with closing(reading.batches(clips, positions, max_clips)) as batches:
@@ -193,18 +193,11 @@ class Inference:
         return self._in_passes(lambda part: self.model.of_clip(self.model.encode(part)), clips)
 
     def pooled(self, clips: Tensor) -> Tensor:
-        """One vector for each clip: -> (B, D) float32
-
-        The class token, or where there is none the mean; of a classifier the input of its head.
-        """
+        """One vector for each clip, of a classifier the input of its head: -> (B, D) float32"""
         return self._in_passes(lambda part: self.model.pool(self.model.encode(part)), clips)
 
     def layers(self, clips: Tensor, blocks: Sequence[int]) -> tuple[Tensor, ...]:
-        """Tokens behind each of these blocks, without the class token: -> (B, N, D) float32 each
-
-        Raises:
-            ValueError: there is no such block.
-        """
+        """Tokens behind each of these blocks, without the class token: -> (B, N, D) float32 each"""
         depth = len(self.model.blocks)
         if odd := [block for block in blocks if not -depth <= block < depth]:
             raise ValueError(f"the encoder has the blocks 0 to {depth - 1}, got {odd[0]}")

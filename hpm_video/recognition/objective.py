@@ -1,8 +1,7 @@
 """Classification of clips: the objective of fine-tuning and of probes that are trained.
 
 Mixup and CutMix are timm's: a clip and its label become part of another clip. timm draws from
-numpy's global generator, so it runs with one of its own here. It is imported when mixing is set up:
-it takes seconds, and pre-training never mixes.
+numpy's global generator, so it runs with its own here. It is imported late: it takes seconds.
 """
 
 import torch.nn.functional as F
@@ -84,8 +83,7 @@ class Mixing:
     def __call__(self, clips: Tensor, labels: Tensor, key: int) -> tuple[Tensor, Tensor]:
         """Mix a batch: (B, C, T, H, W) float, (B,) int64 -> (B, C, T, H, W), (B, K) float32
 
-        The targets of a clip sum to 1; K is the number of classes, and B even. What is drawn
-        depends on ``key`` alone. The arguments keep their values, and the host waits for no device.
+        The targets of a clip sum to 1; B is even. What is drawn depends on ``key`` alone.
         """
         planes = clips.flatten(1, 2).clone()  # timm writes into what it is given
         with global_generators(key):

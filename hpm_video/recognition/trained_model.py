@@ -211,15 +211,10 @@ def open_trained(
     clips: ClipChoice = ClipChoice(),  # noqa: B008 - it is frozen
     overrides: Sequence[str] = (),
 ) -> Trained:
-    """Open a checkpoint folder or a single file.
+    """Open a checkpoint folder, a single file made of one, or a run, for its last checkpoint.
 
-    Args:
-        path: a checkpoint folder of a run, a file made of one, or a run, for its last checkpoint.
-        wanted: what it must be; ``TrainedModel`` for either kind.
-        weights: by default the student's of pre-training, of a classifier those that its config
-            tests (``test.weights``).
-        clips: other clips than it was trained on.
-        overrides: of its config, such as where the weights of a feature model are now.
+    ``wanted``: what it must be; ``TrainedModel`` for either kind. ``weights``: by default the
+    student's, of a classifier those that its config tests. ``overrides`` of its config.
 
     Raises:
         ConfigError, CheckpointError: it is not a complete checkpoint of that kind, or has no such

@@ -25,14 +25,13 @@ class TokenGrid:
     def of_clip(cls, clip_size: Size3, patch_size: Size3) -> "TokenGrid":
         """The grid of a clip of ``clip_size`` frames and pixels cut into whole patches.
 
-        Raises:
-            ValueError: ``patch_size`` does not divide ``clip_size``.
+        ValueError: ``patch_size`` does not divide ``clip_size``.
         """
-        for axis, size, patch in zip(
-            ("frames", "height", "width"), clip_size, patch_size, strict=True
-        ):
+        axes = ("frames", "height", "width")
+        for axis, size, patch in zip(axes, clip_size, patch_size, strict=True):
             if size < 1 or patch < 1 or size % patch:
-                below, above = size // max(patch, 1) * patch, (size // max(patch, 1) + 1) * patch
+                below = size // max(patch, 1) * patch
+                above = below + patch
                 raise ValueError(
                     f"{axis} of a clip must be a multiple of its patch size, got {size} with patch "
                     f"{patch}; the nearest that fit are {below or above} and {above}"

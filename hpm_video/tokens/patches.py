@@ -51,28 +51,16 @@ def patchify(clips: Tensor, patch_size: Size3) -> Tensor:
 
     The values of a patch run over its frames, rows, columns and, fastest, channels.
     """
-    time, height, width = patch_size
-    return rearrange(
-        clips,
-        "b c (t pt) (h ph) (w pw) -> b (t h w) (pt ph pw c)",
-        pt=time,
-        ph=height,
-        pw=width,
-    )
+    pt, ph, pw = patch_size
+    layout = "b c (t pt) (h ph) (w pw) -> b (t h w) (pt ph pw c)"
+    return rearrange(clips, layout, pt=pt, ph=ph, pw=pw)
 
 
 def unpatchify(patches: Tensor, patch_size: Size3, grid: TokenGrid) -> Tensor:
     """Put patches together again: (B, N, P) -> (B, C, T, H, W)"""
-    time, height, width = patch_size
-    return rearrange(
-        patches,
-        "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)",
-        t=grid.time,
-        h=grid.height,
-        pt=time,
-        ph=height,
-        pw=width,
-    )
+    pt, ph, pw = patch_size
+    layout = "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)"
+    return rearrange(patches, layout, t=grid.time, h=grid.height, pt=pt, ph=ph, pw=pw)
 
 
 def patch_statistics(patches: Tensor, kind: TargetKind, channels: int) -> PatchStatistics:
@@ -83,19 +71,16 @@ def patch_statistics(patches: Tensor, kind: TargetKind, channels: int) -> PatchS
     and 1.
     """
     if kind == "raw":
-        return PatchStatistics(
-            torch.zeros_like(patches[..., :1]), torch.ones_like(patches[..., :1])
-        )
+        mean = torch.zeros_like(patches[..., :1])
+        return PatchStatistics(mean, torch.ones_like(mean))
     if kind == "joint":
         variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
         return PatchStatistics(mean, (variance + 1e-6).sqrt())
     # Channel by channel, since reducing over the last axis is several times faster on a CPU.
     pixels = rearrange(patches, "b n (p c) -> b n c p", c=channels).contiguous()
     variance, mean = torch.var_mean(pixels, dim=-1)
-    repeats = pixels.shape[-1]
-    return PatchStatistics(
-        mean.repeat(1, 1, repeats), (variance.sqrt() + 1e-6).repeat(1, 1, repeats)
-    )
+    scale, repeats = variance.sqrt() + 1e-6, pixels.shape[-1]
+    return PatchStatistics(mean.repeat(1, 1, repeats), scale.repeat(1, 1, repeats))
 
 
 def standardise(patches: Tensor, kind: TargetKind, channels: int) -> Tensor:
@@ -107,9 +92,6 @@ def standardise(patches: Tensor, kind: TargetKind, channels: int) -> Tensor:
 
 
 def patch_mean_errors(target: Tensor, channels: int) -> Tensor:
-    """Error of the best constant prediction of each patch and channel: (B, N, P) -> (B, N)
-
-    The baseline of reconstructions: it knows the mean colour of a patch, but no detail.
-    """
+    """Error of the best constant prediction of each patch and channel: (B, N, P) -> (B, N)"""
     pixels = rearrange(target, "b n (p c) -> b n p c", c=channels)
     return pixels.var(dim=2, correction=0).mean(dim=-1)

@@ -34,8 +34,8 @@ def mask_of_view(view: View, grid: TokenGrid, device: torch.device | str) -> Tok
 def standardise_by_view(scores: Tensor, mask: TokenMask | None) -> Tensor:
     """Standardise the scores of a clip separately for seen and unseen tokens: (B, N) -> (B, N)
 
-    A loss predictor learns to order hidden tokens. Its scores for seen tokens have another offset
-    and spread; without this step most of the hardest tokens would be of one kind.
+    A loss predictor learns to order hidden tokens; its scores for seen ones have another offset and
+    spread.
     """
     if mask is None:
         return scores
