@@ -24,6 +24,7 @@ from hpm_video.data.reading import Views
 from hpm_video.data.transforms import view_crops
 from hpm_video.files.weights import CheckpointError
 from hpm_video.files.wording import counted
+from hpm_video.hub import download, push_to_hub, save_pretrained
 from hpm_video.mining.objective import HardPatchesMining
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.from_config import build_classifier, build_student
@@ -44,7 +45,6 @@ from hpm_video.tokens.grid import TokenGrid
 from hpm_video.training.device import AUTOCAST, Precision, choose_device, inference_precision
 from hpm_video.training.distributed import Processes
 from hpm_video.training.ema import make_ema
-from hpm_video.weights.hub import download, push_to_hub, save_pretrained
 
 Config = PretrainConfig | FinetuneConfig
 Clips = NDArray[Any] | Tensor
@@ -84,7 +84,7 @@ class Model:
         that is there, the model of before is replaced, and other files stay.
 
         Raises:
-            CheckpointError: huggingface_hub is missing, or the Hub cannot be reached or refuses it.
+            CheckpointError: the Hub cannot be reached or refuses it.
         """
         return push_to_hub(self.trained, repo_id, private=private)
 

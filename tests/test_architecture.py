@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "torchvision": {"data/augment.py", "decoding/image.py"},
     "wandb": {"training/trackers.py"},
     "mlflow": {"training/trackers.py"},
-    "huggingface_hub": {"weights/hub.py"},
+    "huggingface_hub": {"hub.py"},
     "sklearn": {"recognition/probes.py", "recognition/testing.py"},
     "timm": {
         "data/augment.py",
@@ -69,7 +69,7 @@ ORDER = (
     ("mining",),
     ("recognition",),
     ("weights",),
-    ("runs",),
+    ("hub", "runs"),
     ("api",),
 )
 """Folders from the bottom: each may import only those in the lines before its own."""

@@ -17,12 +17,7 @@ from hpm_video.weights import express, verify
 from hpm_video.weights.express import To
 from hpm_video.weights.families import SCORE, licence_of
 from hpm_video.weights.files import Tensors
-from hpm_video.weights.importing import (
-    describe_left_out,
-    import_weights,
-    staged,
-    texts_of,
-)
+from hpm_video.weights.importing import describe_left_out, import_weights, staged, texts_of
 from hpm_video.weights.verify import ParityReport, is_installed
 
 NEEDS = {"transformers": ["transformers"], "onnx": ["onnx", "onnxscript", "onnxruntime"]}
@@ -100,7 +95,7 @@ def _write_onnx(model: TrainedModel, file: Path) -> None:
     """Write a classifier as a program for onnxruntime: clips -> logits, of any number of clips."""
     if not model.is_classifier:
         raise CheckpointError("a program takes classifiers")
-    clips = torch.zeros(2, model.config.model.channels, *model.config.data.clip_size)
+    clips = torch.zeros(3, model.config.model.channels, *model.config.data.clip_size)
     logging.disable(logging.WARNING)  # the exporter's messages on its steps and deprecations
     try:
         with warnings.catch_warnings():
@@ -117,8 +112,7 @@ def _write_onnx(model: TrainedModel, file: Path) -> None:
             )
     finally:
         logging.disable(logging.NOTSET)
-    facts = {"labels": list(model.label_names), "clips": express.facts_of(model)}
-    facts |= {"kind": model.kind}
+    facts = {"labels": model.label_names, "clips": express.facts_of(model), "kind": model.kind}
     program.model.metadata_props.update({name: json.dumps(each) for name, each in facts.items()})
     program.save(file)
 
@@ -151,31 +145,31 @@ def _check(to: To, model: TrainedModel, out: Path, tolerance: float, *, skip: bo
 
     ``skip``: not in a library.
     """
-    imported, library = None, "this package"
     if to == "onnx":
-        if skip:
-            return verify.NOT_ASKED
-        import onnxruntime  # type: ignore[import-untyped, unused-ignore]
-
-        session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
-        library = f"onnxruntime {onnxruntime.__version__}"
-
-        def outputs(trial: verify.Trial) -> verify.Outputs:
-            return {"logits": torch.from_numpy(*session.run(None, {"clips": trial.clips.numpy()}))}
-    else:
-        imported = None if to == "file" else import_weights(out)
-        back = imported.complete if imported else open_trained(out, TrainedModel, model.weights)
-        same = back.build()
-
-        def outputs(trial: verify.Trial) -> verify.Outputs:
-            return verify.outputs_of(same, trial)
-
-    found = verify.differences(model, outputs, clips=3, encoder_alone=to == "timm")
-    report = ParityReport(library, found).judged(tolerance)
-    if imported is None or skip:
+        report = verify.NOT_ASKED if skip else _of_onnxruntime(model, out)
+        return report.judged(tolerance)
+    if to == "file":
+        back = open_trained(out, TrainedModel, model.weights)
+        return verify.against(back.build(), model).judged(tolerance)
+    imported = import_weights(out)
+    same = imported.complete.build()
+    report = verify.against(same, model, encoder_alone=bool(imported.fresh)).judged(tolerance)
+    if skip:
         return report
     other = verify.compare(imported, tolerance)
     return replace(other, differences=(*report.differences, *other.differences))
+
+
+def _of_onnxruntime(model: TrainedModel, program: Path) -> ParityReport:
+    import onnxruntime  # type: ignore[import-untyped, unused-ignore]
+
+    session = onnxruntime.InferenceSession(str(program), providers=["CPUExecutionProvider"])
+
+    def outputs(trial: verify.Trial) -> verify.Outputs:
+        return {"logits": torch.from_numpy(*session.run(None, {"clips": trial.clips.numpy()}))}
+
+    found = verify.differences(model, outputs)
+    return ParityReport(f"onnxruntime {onnxruntime.__version__}", found)
 
 
 @dataclass(frozen=True)
@@ -208,13 +202,10 @@ def export(
     if ending and out.suffix != ending:
         raise CheckpointError(f"--to {to} writes a file that ends in {ending}, got {out}")
     parity_file = out.with_name(f"{out.name}.parity.json") if ending else out / "parity.json"
-    for path in (out, parity_file):
-        if path.exists() or path.is_symlink():
-            raise CheckpointError(f"{path} exists already; give another name, or delete it")
     if not all(is_installed(name) for name in NEEDS.get(to, [])):
         raise CheckpointError(f"--to {to} needs more libraries: pip install {' '.join(NEEDS[to])}")
     model = replace(model, held=model.tensors)
-    with staged(out) as writing:
+    with staged(out, parity_file) as writing:
         there = writing / out.name
         try:
             left_out = _write(to, model, there)

@@ -119,13 +119,6 @@ def facts_of(model: TrainedModel) -> dict[str, Any]:
     return facts
 
 
-def transformers_class(model: TrainedModel) -> str:
-    """Return the name of the class of transformers that a model becomes."""
-    if becomes_videomae(model, "transformers"):
-        return f"VideoMAEFor{'VideoClassification' if model.is_classifier else 'PreTraining'}"
-    return "ViTForImageClassification" if model.is_classifier else "ViTMAEForPreTraining"
-
-
 def transformers_config(model: TrainedModel) -> dict[str, Any]:
     """Return ``config.json`` of a model of transformers."""
     config, facts = model.config, facts_of(model)

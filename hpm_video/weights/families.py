@@ -64,49 +64,6 @@ WRAPPERS = ("state_dict", "model_state", "module", "model", "")
 """Keys of the state dict in a file; the first that is there is taken."""
 
 
-class Family(NamedTuple):
-    """Checkpoints of one kind of one project."""
-
-    name: str
-    holds: Literal["autoencoder", "encoder", "classifier"]
-
-    @property
-    def conventions(self) -> Conventions:
-        return "videomae" if self.name.startswith("videomae") else "mae"
-
-    @property
-    def target(self) -> TargetKind:
-        """What pre-training predicts, unless the file says otherwise."""
-        return "raw" if self.name == "hpm" else TARGETS[self.conventions]
-
-    @property
-    def pixels(self) -> tuple[tuple[float, ...], ...]:
-        """Their mean and standard deviation, unless the file says otherwise."""
-        if self.name == "mae_st":
-            return (0.45,) * 3, (0.225,) * 3
-        return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-    @property
-    def licence(self) -> str:
-        """What is known of their licence."""
-        return next(text for begins, text in LICENCES.items() if self.name.startswith(begins))
-
-
-FAMILIES = {
-    name: Family(name, holds)
-    for name, holds in (
-        ("hpm", "autoencoder"),
-        ("mae", "autoencoder"),
-        ("vit", "encoder"),  # of MAE, timm or transformers
-        ("vit_classifier", "classifier"),
-        ("mae_st", "encoder"),
-        ("videomae", "autoencoder"),  # the second version and transformers' are alike
-        ("videomae_encoder", "encoder"),
-        ("videomae_classifier", "classifier"),
-    )
-}
-TARGETS: dict[Conventions, TargetKind] = {"mae": "joint", "videomae": "per_channel"}
-"""What the two projects predict if they normalise."""
 NON_COMMERCIAL = "CC-BY-NC 4.0: no commercial use, name the authors"
 CARD = "other models with these names each have their own licence, see their cards"
 LICENCES = {
@@ -117,7 +74,37 @@ LICENCES = {
     "videomae": f"the weights of VideoMAE and VideoMAE V2 are {NON_COMMERCIAL}; {CARD}",
     "ours": "that of what it was trained on and began with; this project's code is Apache-2.0",
 }
-"""What is known of the licences of weights, by how the names of families begin."""
+"""What is known of the licences of weights."""
+TARGETS: dict[Conventions, TargetKind] = {"mae": "joint", "videomae": "per_channel"}
+"""What the two projects predict if they normalise."""
+
+
+class Family(NamedTuple):
+    """Checkpoints of one kind of one project, and what they are unless the file says otherwise."""
+
+    name: str
+    holds: Literal["autoencoder", "encoder", "classifier"]
+    licence: str
+    conventions: Conventions
+    normalises: bool = True  # the target of pre-training
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of pixels
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("hpm", "autoencoder", LICENCES["hpm"], "mae", normalises=False),
+        Family("mae", "autoencoder", LICENCES["mae"], "mae"),
+        Family("vit", "encoder", LICENCES["vit"], "mae"),  # of MAE, timm or transformers
+        Family("vit_classifier", "classifier", LICENCES["vit"], "mae"),
+        Family("mae_st", "encoder", LICENCES["mae"], "mae", mean=(0.45,) * 3, std=(0.225,) * 3),
+        # The second version's and transformers' are alike.
+        Family("videomae", "autoencoder", LICENCES["videomae"], "videomae"),
+        Family("videomae_encoder", "encoder", LICENCES["videomae"], "videomae"),
+        Family("videomae_classifier", "classifier", LICENCES["videomae"], "videomae"),
+    )
+}
 
 
 def licence_of(origin: str) -> str:

@@ -75,10 +75,9 @@ def _checked(fact: str, value: Any) -> Any:
     if fact == "target":
         return bool(value)
     if fact == "label_names":
-        by_number = (
-            value if isinstance(value, Mapping) else {str(i): n for i, n in enumerate(value)}
-        )
-        names = tuple(str(by_number.get(str(i), "")) for i in range(len(by_number)))
+        pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+        by_number = {str(number): str(name) for number, name in pairs}
+        names = tuple(by_number.get(str(i), "") for i in range(len(by_number)))
         if not all(name.isprintable() and name.strip() == name != "" for name in names):
             raise ValueError("names in one line for classes from 0 on")
         return names
@@ -160,16 +159,17 @@ class Inference:
                 model=ClassifierConfig(**model),
                 test=EvaluationConfig() if grid.time > 1 else EvaluationConfig(clips=1, crops=1),
             )
-        target = self.choose("target", "target", family.target)
-        if target is True:
-            target = TARGETS[family.conventions]
+        says = {True: TARGETS[family.conventions], False: "raw"}
+        target = self.choose("target", "target", says[family.normalises])
         masking = MaskingConfig(ratio=0.9 if grid.time > 1 else 0.75)
         data["crop"] = "multi_scale" if grid.time > 1 else "random_resized"
         return PretrainConfig(
             data=PretrainDataConfig(**data),
             model=ModelConfig(**model),
             masking=masking if mines else replace(masking, strategy="random"),
-            mining=MiningConfig(target=target or "raw", predictor="relative" if mines else "none"),
+            mining=MiningConfig(
+                target=says.get(target, target), predictor="relative" if mines else "none"
+            ),
         )
 
     def choose(self, name: str, fact: str, default: Any) -> Any:
@@ -210,8 +210,7 @@ class Inference:
         if conventions == "videomae":
             depth = 4 if encoder.depth <= 12 else 12
             usual = TransformerSize(encoder.dim // 2, depth, max(1, encoder.num_heads // 2))
-        found: TransformerSize = self.facts.get("decoder", usual)
-        return found
+        return self.facts.get("decoder") or usual
 
     def clip_size(self, patch_size: Size3) -> Size3:
         """Return frames and pixels of the clips that the model was trained on."""
@@ -228,9 +227,7 @@ class Inference:
         square = side and side * side == tokens
         usual = (side * height, side * width) if square else (224, 224)
         size = usual if square and given is None else self.choose("frame size", "frame_size", usual)
-        frames = steps * time
-        if self.family.conventions == "mae" and not steps:
-            frames = 1
+        frames = 1 if self.family.conventions == "mae" and not steps else steps * time
         return (frames or self.choose("number of frames", "num_frames", 16), size[0], size[1])
 
     def pooling(self) -> Pooling:
@@ -252,8 +249,8 @@ class Inference:
 
     def data(self, clip_size: Size3) -> dict[str, Any]:
         """Return what clips are, and how frames become clips in validation and tests."""
-        image, facts, (mean, std) = clip_size[0] == 1, self.facts, self.family.pixels
-        if not {"mean", "std"} <= facts.keys():
+        image, mean, std = clip_size[0] == 1, self.family.mean, self.family.std
+        if not {"mean", "std"} <= self.facts.keys():
             self.assumed.append(f"mean {mean} and standard deviation {std} of the pixels")
         usual = "bicubic" if image else "bilinear"
         short_side = round(max(clip_size) * 256 / 224) if image else None
@@ -264,6 +261,6 @@ class Inference:
             "frame_stride": 1 if image else self.choose("frame stride", "frame_stride", 4),
             "interpolation": usual,
             "validation_short_side": short_side,
-            "mean": facts.get("mean", mean),
-            "std": facts.get("std", std),
+            "mean": self.facts.get("mean", mean),
+            "std": self.facts.get("std", std),
         }

@@ -31,14 +31,7 @@ from hpm_video.recognition.trained_model import (
 )
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.training.checkpoint import checksums_of, flush, on_host, sha256_of
-from hpm_video.weights.families import (
-    CONTENT,
-    SUMMED,
-    TABLES,
-    Family,
-    State,
-    recognise,
-)
+from hpm_video.weights.families import CONTENT, SUMMED, TABLES, Family, State, recognise
 from hpm_video.weights.files import Source, Tensors, read_source
 from hpm_video.weights.geometry import Inference, Overrides
 
@@ -247,25 +240,25 @@ def _grouped(names: Iterable[str]) -> str:
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
+def staged(out: Path, *beside: Path) -> Iterator[Path]:
     """Return a folder to write ``out`` in: at the end all of its content is moved out, or nothing.
 
     Raises:
-        CheckpointError: something of that name exists, or the disk does not take it.
+        CheckpointError: it or what is written ``beside`` it exists, or the disk does not take it.
     """
+    for path in (out, *beside):
+        if path.exists() or path.is_symlink():
+            raise CheckpointError(f"{path} exists already; give another name, or delete it")
     writing = out.with_name(f".writing-{out.name}")
     shutil.rmtree(writing, ignore_errors=True)
     try:
         writing.mkdir(parents=True)
         yield writing
-        written = {path: out.parent / path.name for path in sorted(writing.iterdir())}
+        written = sorted(writing.iterdir())
         for folder in (*filter(Path.is_dir, written), writing):
             flush(folder)
-        for target in written.values():
-            if target.exists():
-                raise CheckpointError(f"{target} exists already; give another name, or delete it")
-        for path, target in written.items():
-            path.rename(target)
+        for path in written:
+            path.rename(out.parent / path.name)
         flush(out.parent, recursive=False)
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, CheckpointError):

@@ -105,13 +105,13 @@ def is_installed(library: str) -> bool:
 # --- What models compute --------------------------------------------------------------------------
 
 
-def trial_of(model: TrainedModel, clips: int = 1) -> Trial:
-    """Return clips of noise, and a mask of the share that a model was trained with."""
+def trial_of(model: TrainedModel) -> Trial:
+    """Return two clips of noise, and a mask of the share that a model was trained with."""
     tokens, size = model.grid.num_tokens, model.config.data.clip_size
     ratio = model.pretraining.masking.ratio if model.pretraining else 0.5
     count, draw = count_masked(tokens, ratio, "hpm"), torch.Generator().manual_seed(0)
-    frames = torch.randn(clips, model.config.model.channels, *size, generator=draw)
-    noise = torch.rand(clips, tokens, generator=draw)
+    frames = torch.randn(2, model.config.model.channels, *size, generator=draw)
+    noise = torch.rand(2, tokens, generator=draw)
     mask = TokenMask.from_masked(choose_masked(None, noise, count, 0), count)
     return Trial(frames, noise, mask)
 
@@ -164,7 +164,6 @@ def differences(
     theirs: Callable[[Trial], Outputs],
     of: str = "{}",
     *,
-    clips: int = 1,
     encoder_alone: bool = False,
 ) -> tuple[Difference, ...]:
     """Compare what a model of ours and another compute of clips of noise.
@@ -174,14 +173,15 @@ def differences(
     Raises:
         CheckpointError: the other one does not take the clips of ours.
     """
-    trial = trial_of(model, clips)
+    trial = trial_of(model)
     ours, found = outputs_of(model.build(), trial), []
     try:
         others = theirs(trial)
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"it does not take the same clips: {error}") from error
-    left_out = {"hidden patches"} if encoder_alone else set[str]()
-    for name in (name for name in ours if name in others.keys() - left_out):
+    if encoder_alone:
+        ours.pop("hidden patches", None)
+    for name in (name for name in ours if name in others):
         value = others[name]
         if value.shape != ours[name].shape:
             raise CheckpointError(f"its {name} have another shape: {tuple(value.shape)}")
@@ -193,7 +193,7 @@ def differences(
 def against(
     peer: nn.Module, model: TrainedModel, of: str = "{}", *, encoder_alone: bool = False
 ) -> ParityReport:
-    """Compare a model of a library and ours."""
+    """Compare a model of a library, or one that came back here, and ours."""
     library = type(peer).__module__.partition(".")[0]
     version = importlib.import_module(library).__version__
     found = differences(

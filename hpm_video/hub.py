@@ -4,9 +4,9 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from hpm_video.files.atomic import temporary_folder
+from hpm_video.files.single_file import NAMES
 from hpm_video.files.weights import CheckpointError
 from hpm_video.recognition.trained_model import TrainedModel
 from hpm_video.training.summary import Rows, cost_of, lines_of, measures_of, tests_of
@@ -48,11 +48,8 @@ print(model.{call}(["my_video.mp4"]))
 {config}```
 """
 
-WRITTEN = ["curves.png", "labels.txt", "origin.json"] + [
-    f"{name}.safetensors" for name in ("model", "teacher", "average")
-]
-"""Files that one model has and another does not: an upload takes those of the one before it away.
-"""
+WRITTEN = ["curves.png", "labels.txt", "origin.json", *(f"{name}.safetensors" for name in NAMES)]
+"""Files that only some models have: an upload deletes those of the model before it."""
 
 
 def save_pretrained(trained: TrainedModel, folder: Path, name: str = "") -> Path:
@@ -131,9 +128,11 @@ def push_to_hub(trained: TrainedModel, repo_id: str, *, private: bool = False) -
     What it wrote there before is replaced; other files of the repository stay.
 
     Raises:
-        CheckpointError: huggingface_hub is missing, or the Hub cannot be reached or refuses it.
+        CheckpointError: the Hub cannot be reached or refuses it.
     """
-    api: Any = _library().HfApi()
+    from huggingface_hub import HfApi
+
+    api = HfApi()
     with tempfile.TemporaryDirectory(dir=temporary_folder()) as place:
         folder = save_pretrained(trained, Path(place) / "model", repo_id)
         try:
@@ -154,24 +153,17 @@ def download(name: str) -> Path:
     """Return the folder of a model on the Hub, downloaded unless it is there already.
 
     Raises:
-        CheckpointError: there is none, or huggingface_hub is missing.
+        CheckpointError: there is none.
     """
-    hub = _library()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
     try:
-        return Path(hub.snapshot_download(name))
-    except (hub.errors.HfHubHTTPError, OSError, ValueError) as error:  # it is no name there
+        return Path(snapshot_download(name))
+    except (HfHubHTTPError, OSError, ValueError) as error:  # it is no name there
         reason = _first_line(error)
         raise CheckpointError(f"there is no {name} here, nor on the Hub ({reason})") from error
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _library() -> Any:
-    try:
-        import huggingface_hub
-        import huggingface_hub.errors
-    except ImportError as error:
-        raise CheckpointError("models on the Hub need it: pip install huggingface_hub") from error
-    return huggingface_hub
