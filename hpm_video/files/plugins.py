@@ -46,8 +46,7 @@ def register(kind: Kind, name: str, thing: Any) -> None:
     For the shell commands, call it in a function that your package names as an entry point of the
     group ``hpm_video.plugins``.
 
-    Raises:
-        ValueError: there is no such kind, or the name is taken or not a name.
+    Raises ValueError if there is no such kind, or the name is taken or not a name.
     """
     if kind not in TABLES:
         raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
@@ -70,8 +69,7 @@ def decoders() -> list[tuple[Kind, str, Any]]:
 def load_plugins() -> None:
     """Call the entry points of all installed packages, once in a process.
 
-    Raises:
-        PluginError: one cannot be imported, or raises an error.
+    Raises PluginError if one cannot be imported, or raises an error.
     """
     for point in entry_points(group=GROUP):
         try:
