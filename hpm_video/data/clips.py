@@ -201,9 +201,8 @@ def request_of(
 def check_pace(data: DataConfig, manifest: Manifest) -> None:
     """Make sure that all files have the frames that clips at the config's pace are made of.
 
-    Raises:
-        ManifestError: an image is to have times, or a folder of frames whose rate is not stated; a
-            stride is no multiple of N, where a file holds every N-th frame of its video.
+    Raises ManifestError if an image is to have times, or a folder of frames whose rate is not
+    stated; or if a stride is no multiple of N, where a file holds every N-th frame of its video.
     """
     for file, number in manifest.kept_every.items() if data.sampling == "dense" else ():
         for name in ("frame_stride", "max_frame_stride"):

@@ -193,9 +193,7 @@ def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
 def read_listing(path: Path | str, root: Path | str | None = None) -> Listing:
     """Read what :func:`read_manifest` reads, with all its rows and columns.
 
-    Raises:
-        ManifestError: it cannot be read or holds nothing, a path leads out of the root, or a
-            folder holds videos and images. Labels, numbers and verdicts are not looked at.
+    Raises ManifestError as that does, but looks at no labels, numbers and verdicts.
     """
     source = Path(path).absolute()
     if source.is_dir():

@@ -18,8 +18,7 @@ _ODD = ("/.", "//", "::")
 def place_of(path: str, base: Path, *, confined: bool) -> str:
     """Return a path from ``base`` on, as pathlib spells it; a folder of frames keeps its slash.
 
-    Raises:
-        ValueError: it is not a path, or leads out of ``base``.
+    Raises ValueError if it is not a path, or leads out of ``base``.
     """
     plain_ends = path[:1] not in "./ " and path[-1] != "/"
     if plain_ends and path.isprintable() and not any(odd in path for odd in _ODD):

@@ -19,10 +19,8 @@ _LAST_NUMBERS = re.compile(
 def groups_by_name(files: Sequence[str], labels: Sequence[str]) -> list[str] | None:
     """Group files whose names in one folder differ by their last numbers alone.
 
-    Returns None where names do not tell groups: no class has two of them.
-
-    Raises:
-        ManifestError: names tell groups of some classes, and make one of all files of another.
+    Returns None where names do not tell groups: no class has two of them. Raises ManifestError if
+    names tell groups of some classes, and make one of all files of another.
     """
     groups = []
     for file in files:

@@ -3,28 +3,23 @@
 import io
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from hpm_video.decoding.exact import check_exact
-from hpm_video.decoding.pyav import PyavReader
-from hpm_video.decoding.reader import DecodeError, Frames, VideoReader
+from hpm_video.decoding.exact import CheckedReader, check_exact
+from hpm_video.decoding.reader import DecodeError, Frames
 
 _EXACT_ON = ("mov", "matroska", "avi", "flv", "asf", "yuv4mpegpipe")
 
 
-class DecordReader(VideoReader):
+class DecordReader(CheckedReader):
     """Decodes from the first frame on, for decord's seeks are not exact. It turns upright."""
 
     def __init__(self, path: str, source: str | bytes) -> None:
-        super().__init__(path)
+        super().__init__(path, source)
         check_exact(source, "decord", _EXACT_ON, shows_all=True)
         import torch  # noqa: F401, I001 - decord before torch can hang a DataLoader (decord#251)
         import decord
 
         decord.logging.set_level(decord.logging.QUIET)
         self._open_video = decord.VideoReader
-        self._source = source
         self._open()
         self._num_frames = len(self._reader)
 
@@ -33,10 +28,6 @@ class DecordReader(VideoReader):
         self._reader: Any = self._open_video(source, num_threads=1)
         self._next = 0
         self._frame: Frames | None = None
-
-    def seconds(self, count: int) -> NDArray[np.float64]:
-        with PyavReader(self.path, self._source) as reader:
-            return reader.seconds(count)
 
     def _count(self) -> int:
         return len(self._reader)

@@ -5,12 +5,27 @@ from collections.abc import Collection
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hpm_video.decoding.orientation import orientation_of
-from hpm_video.decoding.pyav import open_container
-from hpm_video.decoding.reader import TRANSCODE, DecodeError
+from hpm_video.decoding.pyav import PyavReader, open_container
+from hpm_video.decoding.reader import TRANSCODE, DecodeError, VideoReader
 
 _LIST = re.compile(rb"[^\0]*<(mpd|compositionplaylist|smoothstreamingmedia)", re.IGNORECASE)
 """How a file begins that FFmpeg may take for a list of others, though it looks like a video."""
+
+
+class CheckedReader(VideoReader):
+    """A video that another library decodes, as :func:`check_exact` allows; PyAV has its times."""
+
+    def __init__(self, path: str, source: str | bytes) -> None:
+        super().__init__(path)
+        self._source = source
+
+    def seconds(self, count: int) -> NDArray[np.float64]:
+        with PyavReader(self.path, self._source) as reader:
+            return reader.seconds(count)
 
 
 def check_exact(

@@ -63,12 +63,7 @@ class TarMember:
         return f"{self.tar}::{self.name}@{self.offset}+{self.size}"
 
     def read(self) -> bytes:
-        """Read the bytes of the member.
-
-        Raises:
-            DecodeError: they do not lie there (any more).
-            FileNotFoundError: there is no such tar file.
-        """
+        """Read its bytes. Raises as :func:`read_bytes`, also if they do not lie there any more."""
         with _opened(self.tar) as file:
             is_inside = BLOCKSIZE <= self.offset <= file.seek(0, 2) - self.size
             file.seek(max(self.offset - BLOCKSIZE, 0))
@@ -112,9 +107,7 @@ class Section:
 def read_bytes(place: str, count: int = -1) -> bytes:
     """Read the first bytes of a file or of a member of a tar, by default all.
 
-    Raises:
-        DecodeError: there are none, or they do not lie there (any more).
-        FileNotFoundError: there is no such file.
+    Raises DecodeError if there are none, FileNotFoundError if there is no such file.
     """
     if member := TarMember.parse(place):
         data = member.read()

@@ -87,8 +87,7 @@ class VideoReader(ABC):
     def seconds(self, count: int) -> NDArray[np.float64]:  # noqa: ARG002 - images have no times
         """Say when each of the first ``count`` frames is shown, the first at 0: -> (count,)
 
-        Raises:
-            DecodeError: it does not state that.
+        Raises DecodeError if it does not state that.
         """
         raise DecodeError("it states no times of its frames", self.path)
 

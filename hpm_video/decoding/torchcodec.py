@@ -3,35 +3,26 @@
 import re
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from hpm_video.decoding.exact import check_exact
-from hpm_video.decoding.pyav import PyavReader
-from hpm_video.decoding.reader import Frames, VideoReader, size_change
+from hpm_video.decoding.exact import CheckedReader, check_exact
+from hpm_video.decoding.reader import Frames, size_change
 
 _EXACT_ON = ("mov", "matroska", "flv", "asf", "gif", "yuv4mpegpipe")
 _OTHER_SIZE = re.compile(r"tensor of shape (\d+)x(\d+)x3, got \[(\d+), (\d+), 3\]")
 
 
-class TorchcodecReader(VideoReader):
+class TorchcodecReader(CheckedReader):
     """Goes through all packets first, and seeks then. It turns upright."""
 
     def __init__(self, path: str, source: str | bytes) -> None:
-        super().__init__(path)
+        super().__init__(path, source)
         check_exact(source, "torchcodec", _EXACT_ON, shows_all=False)
         from torchcodec.decoders import (  # type: ignore[import-not-found, unused-ignore]
             VideoDecoder,
         )
 
-        self._source = source
         self._decoder: Any = VideoDecoder(
             source, seek_mode="exact", num_ffmpeg_threads=1, dimension_order="NHWC"
         )
-
-    def seconds(self, count: int) -> NDArray[np.float64]:
-        with PyavReader(self.path, self._source) as reader:
-            return reader.seconds(count)
 
     def _count(self) -> int:
         return len(self._decoder)

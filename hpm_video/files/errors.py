@@ -16,8 +16,7 @@ class ExpectedError(Exception):
 def read_text(path: Path, wrong: type[ExpectedError], hint: str = "save it as UTF-8") -> str:
     """Read text in UTF-8, with or without a byte order mark, or in UTF-16 with one.
 
-    Raises:
-        wrong: there is no such file, or it is not such text. ``hint``: the remedy.
+    Raises ``wrong`` if there is no such file, or it is not such text; ``hint`` is the remedy.
     """
     if path.exists() and not path.is_file():  # to read a device or a pipe may take for ever
         raise wrong(f"{path} is no file, but a folder, a pipe or a device; give a file of text")

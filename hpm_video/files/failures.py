@@ -85,11 +85,7 @@ class BadFiles:
             self.failures = {name: Failure(name, reason) for name, reason in rows}
 
     def note(self, failures: Iterable[Failure]) -> None:
-        """Write down the failures of a batch.
-
-        Raises:
-            TooManyBadFiles: there are now more bad files than the data allows.
-        """
+        """Write down the failures of a batch. Raises as :meth:`check`."""
         new = {failure.path: failure for failure in failures if failure.path not in self.failures}
         if new and self._writes:
             header = [] if self._path.exists() else [("path", "reason")]
@@ -102,10 +98,6 @@ class BadFiles:
         self.check()
 
     def check(self) -> None:
-        """Make sure that there are not too many.
-
-        Raises:
-            TooManyBadFiles: there are more bad files than the data allows.
-        """
+        """Raise TooManyBadFiles if there are more bad files than the data allows."""
         if len(self.failures) > tolerated(self._num_files, self._max_bad_share):
             raise TooManyBadFiles([*self.failures.values()], self._num_files, self._max_bad_share)

@@ -76,8 +76,7 @@ def decoders() -> list[tuple[Kind, str, Any]]:
 def load_plugins() -> None:
     """Call the entry points of all installed packages, once in a process.
 
-    Raises:
-        PluginError: one cannot be imported, or raises an error.
+    Raises PluginError if one cannot be imported, or raises an error.
     """
     for point in entry_points(group=GROUP):
         try:

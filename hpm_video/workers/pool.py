@@ -151,9 +151,8 @@ class Pool(Generic[Job]):
     def next(self) -> Answer:
         """Wait for a result of any job that was submitted.
 
-        Raises:
-            PoolError: processes do not start, or the work raised an error.
-            PoolStopped: :meth:`stop` was called.
+        Raises PoolError if processes do not start or the work raised an error, and PoolStopped if
+        :meth:`stop` was called.
         """
         while not self._stopped.is_set():
             self._feed()

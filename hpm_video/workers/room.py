@@ -17,16 +17,10 @@ class RoomError(ExpectedError, MemoryError):
 
 
 def check_room(workers: int, shared: int, batches: int) -> None:
-    """Compare the memory that reading ahead takes with what there is.
+    """Raise RoomError if reading ahead takes more memory than there is, as far as that is known.
 
-    Args:
-        workers: processes that decode.
-        shared: bytes of memory that they share with the run.
-        batches: bytes of the batches that are being read or wait.
-
-    Raises:
-        RoomError: the file system of shared memory or the memory left is smaller. What the
-            system does not tell is not compared.
+    ``shared``: bytes that ``workers`` processes share with the run; ``batches``: bytes of the
+    batches that are being read or wait.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     total, free = shared_memory()
