@@ -12,14 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hpm_video.api import (
-        Model,
-        build_model,
-        build_objective,
-        load,
-        load_config,
-        train,
-    )
+    from hpm_video.api import Model, build_model, build_objective, load, load_config, train
     from hpm_video.files.plugins import register
 
 __version__ = "0.1.0"

@@ -69,7 +69,7 @@ class Model:
         return load(source, **options)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the model with its config and a model card, for :func:`load`. -> the folder
+        """Write model, config and model card for :func:`load`. -> the folder
 
         Raises:
             CheckpointError: the folder has files already.
@@ -79,9 +79,8 @@ class Model:
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
         """Upload what :meth:`save_pretrained` writes to the Hugging Face Hub. -> the address
 
-        The paths in the config of the run, such as those of lists of videos, go along, and of
-        imported weights the path of their file. A repository that is not there is made. In one
-        that is there, the model of before is replaced, and other files stay.
+        Paths in the config, and that of imported weights, go along. A repository is made where
+        there is none; in one that is there, only the model of before is replaced.
 
         Raises:
             CheckpointError: the Hub cannot be reached or refuses it.
@@ -108,10 +107,9 @@ class Model:
         """Compute features of clips, float32 on the device of the model.
 
         Returns:
-            One vector for each clip, (B, D): the class token, or the mean of the tokens if there is
-            none; for a classifier, the input of its head. With ``layers``, the output of each of
-            these blocks of the encoder (0 is the first, -1 the last), (B, N, D) each, without the
-            class token and before the final norm.
+            One vector for each clip, (B, D): the class token, else the mean of the tokens; of a
+            classifier, the input of its head. With ``layers``, the output of each of these blocks
+            (-1 is the last), (B, N, D) each, without class token and before the final norm.
 
         Raises:
             ValueError, TypeError: the model does not take such clips, or has no such block.
@@ -131,9 +129,9 @@ class Model:
         return self._inference.probabilities(self._pixels(clips))
 
     def difficulty(self, clips: Clips) -> Tensor:
-        """Predict how hard each token is to reconstruct: -> (B, T', H', W') float32
+        """Let the teacher predict how hard each token is to reconstruct: -> (B, T', H', W') float32
 
-        The teacher predicts it. Only the order within a clip is meaningful.
+        Only the order within a clip is meaningful.
 
         Raises:
             CheckpointError: the model has no teacher with a loss predictor.
@@ -147,8 +145,8 @@ class Model:
 
         Args:
             clips: as for :meth:`features`. In the result, True marks a hidden token.
-            hard_fraction: share of the hidden units that is picked by difficulty, in [0, 1]; by
-                default as in the last epoch. 0 gives a random mask.
+            hard_fraction: share of the hidden units that is picked by difficulty, from 0 (a random
+                mask) to 1; by default as in the last epoch.
             seed: determines the mask of a clip, together with its place in the batch.
         """
         rule = self._need(TrainedAutoencoder, "a mask").config.mask_rule("")
@@ -178,8 +176,8 @@ class Model:
             BadFilesError: files do not decode; the message names all of them.
             ValueError: there are no files.
         """
-        values, views = self._inference.pooled, Views(clips, crops)
-        return self._over_files(values, files, views, Reading(decoder, workers))
+        views, reading = Views(clips, crops), Reading(decoder, workers)
+        return self._over_files(self._inference.pooled, files, views, reading)
 
     def probabilities_of(
         self,
@@ -199,9 +197,8 @@ class Model:
             CheckpointError: the model is not a classifier.
         """
         test = self._need(TrainedClassifier, "probabilities").config.test
-        values = self._inference.probabilities
-        views = Views(clips or test.clips, crops or test.crops)
-        return self._over_files(values, files, views, Reading(decoder, workers))
+        views, reading = Views(clips or test.clips, crops or test.crops), Reading(decoder, workers)
+        return self._over_files(self._inference.probabilities, files, views, reading)
 
     def _over_files(
         self, values: Values, files: Files, views: Views, reading: Reading
@@ -240,12 +237,7 @@ class Model:
 
 
 def to_pixels(given: Clips, channels: int, num_frames: int) -> Tensor:
-    """Convert one clip or a batch, in either order of the axes: -> (B, C, T, H, W) uint8
-
-    Raises:
-        ValueError: the axes do not fit, or floats exceed [0, 1].
-        TypeError: the values are neither uint8 nor floats.
-    """
+    """Convert one clip or a batch, in either order of the axes: -> (B, C, T, H, W) uint8"""
     # Copied, for torch takes neither reversed axes (BGR to RGB) nor what cannot be written to.
     pixels = given if isinstance(given, Tensor) else torch.from_numpy(np.array(given))
     pixels = pixels[None] if pixels.ndim == 4 else pixels
@@ -304,9 +296,7 @@ def load(
 def load_config(name: str | Path, *overrides: str) -> Config:
     """Load a config: ``load_config("k400_hpm_b", "data.train=my.csv", "recipe.epochs=100")``.
 
-    Args:
-        name: the name of a shipped config, or the path of a file.
-        overrides: each is ``section.key=value``.
+    ``name``: of a shipped config, or the path of a file; then ``section.key=value`` overrides.
 
     Raises:
         ConfigError: there is no such config, or a value breaks a rule.
@@ -317,7 +307,7 @@ def load_config(name: str | Path, *overrides: str) -> Config:
 def build_model(
     config: Config, num_classes: int | None = None
 ) -> MaskedAutoencoder | ClipClassifier:
-    """Build the model of a config with random weights. A classifier needs ``num_classes``.
+    """Build the model of a config with random weights.
 
     Raises:
         ConfigError: ``num_classes`` is missing for a classifier.
@@ -336,8 +326,5 @@ def build_objective(config: PretrainConfig, student: MaskedAutoencoder) -> HardP
 
 
 def train(config: Config) -> Path:
-    """Pre-train or fine-tune, or resume the run in ``config.output_dir``. -> its directory
-
-    This is the loop of the shell commands, in this process.
-    """
+    """Pre-train or fine-tune, or resume the run in ``config.output_dir``. -> its directory"""
     return pretrain(config) if isinstance(config, PretrainConfig) else finetune(config)

@@ -40,7 +40,6 @@ DecoderName = str
 """Name of an entry in ``hpm_video.decoding.registry.DECODERS``."""
 DecoderChoice = str
 """A name, or ``auto`` for the first that can be used."""
-Sampling = Literal["dense", "segments"]
 Interpolation = Literal["bilinear", "bicubic"]
 PredictorObjective = Literal["relative", "absolute", "none"]
 WeightsOf = Literal["student", "teacher", "model", "average", "untrained"]

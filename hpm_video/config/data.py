@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from hpm_video.config.checks import (
     AT_LEAST_0,
@@ -18,7 +18,7 @@ from hpm_video.config.checks import (
     check_range,
     unrelated,
 )
-from hpm_video.config.choices import Crop, DecoderChoice, Interpolation, Sampling
+from hpm_video.config.choices import Crop, DecoderChoice, Interpolation
 from hpm_video.tokens.grid import Size3
 
 
@@ -46,7 +46,7 @@ class DataConfig:
     validation_short_side: int | None = None
     """Pixels of the shorter side of frames for validation and tests, of which crops are then cut
     (ImageNet: 256, then 224). By default a crop is as large as fits."""
-    sampling: Sampling = "dense"
+    sampling: Literal["dense", "segments"] = "dense"
     """``dense``: frames at the stride (Kinetics). ``segments``: one frame of each of num_frames
     equal parts of the video, whatever the stride (Something-Something V2)."""
     repeats: Count = 1

@@ -33,11 +33,8 @@ defaults_of = functools.cache(OmegaConf.structured)
 def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> Config:
     """Merge the schema's defaults, the YAML file and the ``section.key=value`` overrides.
 
-    ``path``: as :func:`find_config` takes it.
-
     Raises:
-        ConfigError: the file is missing or not YAML, a key is unknown, a value is of the wrong
-            type or breaks a rule of the schema.
+        ConfigError: the file is missing or not YAML, a key is unknown, or a value is wrong.
         PluginError: a plugin, whose names the config may have, cannot be loaded.
     """
     load_plugins()
@@ -85,11 +82,14 @@ def _check_kind(schema: type, given: Any, path: Path) -> None:
             raise ConfigError(f"{path} is a config of {kinds[other]}; take one of {kinds[schema]}")
 
 
+def _is_of_pretraining(path: Path) -> bool:
+    return re.search(r"^masking:", _read(path), re.MULTILINE) is not None
+
+
 def _checked(value: Any, source: str, key: str = "") -> Any:
     """Return the contents of a config with today's names of keys, or refuse ``${...}``.
 
-    OmegaConf would replace it by what stands elsewhere, such as in the environment of whoever reads
-    a config of somebody else.
+    OmegaConf would fill that in, such as from the environment of whoever reads the config.
     """
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value)
@@ -138,11 +138,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def find_config(name: Path | str) -> Path:
-    """The path of a config: a file, or the name of one that is shipped, such as ``k400_hpm_b``.
-
-    Raises:
-        ConfigError: several are called so, in several folders.
-    """
+    """The path of a config: a file, or the only one that is shipped under a name."""
     path = Path(name)
     if path.is_file() or path.suffix:
         return path
@@ -160,15 +156,9 @@ def find_config(name: Path | str) -> Path:
 
 
 def load_any_config(path: Path, overrides: Sequence[str] = ()) -> PretrainConfig | FinetuneConfig:
-    """Load a config of either kind: that of pre-training has a section masking.
-
-    Raises:
-        ConfigError: there is no such file, or it is not such a config.
-    """
-    path = find_config(path)
-    if re.search(r"^masking:", _read(path), re.MULTILINE):
-        return load_config(PretrainConfig, path, overrides)
-    return load_config(FinetuneConfig, path, overrides)
+    """Load a config of either kind, as :func:`load_config` does."""
+    is_pretraining = _is_of_pretraining(find_config(path))
+    return load_config(PretrainConfig if is_pretraining else FinetuneConfig, path, overrides)
 
 
 def save_config(config: object, path: Path) -> None:
@@ -182,10 +172,7 @@ def config_text(config: Any) -> str:
 
 
 def result_differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Return the fields in which two configs differ and that change what a run computes.
-
-    Each as ``section.key: old value -> new value``; ``prefix`` comes before the key.
-    """
+    """Return what changes results as ``section.key: old value -> new value``, after ``prefix``."""
     if old == new:
         return []
     if dataclasses.is_dataclass(old) and dataclasses.is_dataclass(new):

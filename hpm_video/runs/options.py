@@ -50,9 +50,6 @@ def open_inference(
     """Open the checkpoint that the arguments name, and build its model on their device.
 
     ``windows``: frames from one clip to the next, where the clips are windows over whole videos.
-
-    Raises:
-        CheckpointError, ConfigError, EngineError: it cannot be used here.
     """
     from hpm_video.config.checks import ConfigError
     from hpm_video.recognition.inference import Inference
@@ -74,11 +71,7 @@ def open_inference(
 def open_classifier(
     arguments: argparse.Namespace, manifest: Manifest, processes: int = 1
 ) -> tuple[TrainedClassifier, Inference, Views, str]:
-    """Open the classifier that the arguments name. -> with the views, and the pass in words
-
-    Raises:
-        CheckpointError, ConfigError, DecoderError, EngineError: it cannot be used here.
-    """
+    """Open the classifier that the arguments name. -> with the views, and the pass in words"""
     from hpm_video.data.clips import decoder_for
     from hpm_video.data.reading import Views
     from hpm_video.recognition.inference import describe_pass

@@ -102,10 +102,7 @@ def build_objective(
 def load_run(
     checkpoint: Path, device: torch.device, overrides: Sequence[str] = ()
 ) -> tuple[PretrainConfig, MaskedAutoencoder, HardPatchesMining]:
-    """Load config, student, and the objective with the teacher from a checkpoint folder.
-
-    ``overrides`` of the config: such as where the weights of a feature model are now.
-    """
+    """Load config (with ``overrides``), student and objective from a checkpoint folder."""
     trained = open_trained(checkpoint, TrainedAutoencoder, overrides=overrides)
     config, student, teacher = trained.config, trained.build(), None
     if config.mining.has_teacher:
