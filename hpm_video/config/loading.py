@@ -82,10 +82,6 @@ def _check_kind(schema: type, given: Any, path: Path) -> None:
             raise ConfigError(f"{path} is a config of {kinds[other]}; take one of {kinds[schema]}")
 
 
-def _is_of_pretraining(path: Path) -> bool:
-    return re.search(r"^masking:", _read(path), re.MULTILINE) is not None
-
-
 def _checked(value: Any, source: str, key: str = "") -> Any:
     """Return the contents of a config with today's names of keys, or refuse ``${...}``.
 
@@ -156,8 +152,8 @@ def find_config(name: Path | str) -> Path:
 
 
 def load_any_config(path: Path, overrides: Sequence[str] = ()) -> PretrainConfig | FinetuneConfig:
-    """Load a config of either kind, as :func:`load_config` does."""
-    is_pretraining = _is_of_pretraining(find_config(path))
+    """Load a config of either kind, as :func:`load_config` does: pre-training has a masking."""
+    is_pretraining = re.search(r"^masking:", _read(find_config(path)), re.MULTILINE)
     return load_config(PretrainConfig if is_pretraining else FinetuneConfig, path, overrides)
 
 
