@@ -214,8 +214,10 @@ def describe(imported: Imported) -> list[str]:
     """Return the model, its licence and all that is not the file's own, in lines."""
     config = imported.model.config
     told = imported.origin | {"start_fresh": _grouped(imported.fresh), "left_out": None}
+    count = sum(value.numel() for value in imported.model.tensors.values())
     return [
         f"{config.model}",
+        f"{count / 1e6:.1f} M parameters",
         f"{config.data.num_frames} frames of {config.data.frame_size}",
         *(f"{name.replace('_', ' ')}: {value}" for name, value in told.items() if value),
         *describe_left_out(imported.left_out),

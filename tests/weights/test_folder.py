@@ -1,6 +1,7 @@
 """Imported weights start training and work in every tool, like those of our own runs."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -324,6 +325,7 @@ def test_inspect(files, finished_run, run_tool, tmp_path):
     assert "family: videomae" in lines
     assert "epoch: 799" in lines
     assert "4 frames of (32, 32)" in lines
+    assert any(re.fullmatch(r"0\.\d M parameters", line) for line in lines)
     assert "left out: epoch, optimizer: no weights" in lines
     assert f"licence: {LICENCES['videomae']}" in lines
     lines = describe(import_weights(files["hpm"], GIVEN))
