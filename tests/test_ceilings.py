@@ -12,31 +12,31 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PHYSICAL_LINES = 24_516
-CODE_LINES = 17_080
+PHYSICAL_LINES = 23_187
+CODE_LINES = 16_295
 LINES = {
     ".": 85,
-    "datasets": 898,
+    "datasets": 858,
     "docs": 14,
-    "hpm_video": 492,
-    "hpm_video/config": 1174,
-    "hpm_video/data": 2040,
-    "hpm_video/decoding": 1520,
-    "hpm_video/files": 570,
-    "hpm_video/mining": 1195,
-    "hpm_video/models": 919,
-    "hpm_video/preparation": 2051,
-    "hpm_video/recognition": 1349,
-    "hpm_video/runs": 2110,
-    "hpm_video/tokens": 479,
-    "hpm_video/training": 2758,
-    "hpm_video/weights": 2004,
-    "hpm_video/workers": 629,
-    "tests": 1515,
-    "tools": 2714,
+    "hpm_video": 640,
+    "hpm_video/config": 1148,
+    "hpm_video/data": 2034,
+    "hpm_video/decoding": 1510,
+    "hpm_video/files": 566,
+    "hpm_video/mining": 1042,
+    "hpm_video/models": 867,
+    "hpm_video/preparation": 1912,
+    "hpm_video/recognition": 1273,
+    "hpm_video/runs": 2013,
+    "hpm_video/tokens": 449,
+    "hpm_video/training": 2620,
+    "hpm_video/weights": 1797,
+    "hpm_video/workers": 622,
+    "tests": 1279,
+    "tools": 2458,
 }
 """Physical lines of each folder; "." is the scripts at the root."""
-MODULES_AT_THE_ROOT = 4
+MODULES_AT_THE_ROOT = 5
 README_LINES = 220
 LONGEST_FILE = 400
 LONGER_FILES = {}
