@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PHYSICAL_LINES = 23_187
-CODE_LINES = 16_295
+PHYSICAL_LINES = 23_189
+CODE_LINES = 16_296
 LINES = {
     ".": 85,
     "datasets": 858,
@@ -29,7 +29,7 @@ LINES = {
     "hpm_video/recognition": 1273,
     "hpm_video/runs": 2013,
     "hpm_video/tokens": 449,
-    "hpm_video/training": 2620,
+    "hpm_video/training": 2622,
     "hpm_video/weights": 1797,
     "hpm_video/workers": 622,
     "tests": 1279,

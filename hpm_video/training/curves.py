@@ -37,7 +37,7 @@ def plot_curves(metrics: Path, picture: Path) -> None:
     axis = "epoch" if "epoch" in table and table["epoch"].notna().all() else "update"
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(5.2 * columns, 0.4 + 3.3 * rows), layout="constrained")
+    figure = Figure(figsize=(5.2 * columns, 0.4 + 3.8 * rows), layout="constrained")
     run = metrics.parent.resolve()
     figure.suptitle(f"{run.parent.name}/{run.name}", parse_math=False)
     for index, (title, found) in enumerate(shown.items()):
@@ -68,4 +68,6 @@ def _draw(axes: Axes, table: pd.DataFrame) -> None:
         marker = "o" if len(values) < 30 else None  # a few measurements can each be seen
         axes.plot(values, marker=marker, markersize=3, label=f"{key} {values.iloc[-1]:.3g}")
     axes.grid(axis="y", color="0.9")
-    axes.legend(fontsize=8.5, frameon=False)
+    # Below the axes, where it covers no curve.
+    place = (0.5, -0.15)
+    axes.legend(fontsize=8.5, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=place)
