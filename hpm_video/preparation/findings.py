@@ -211,7 +211,8 @@ def summary(files: Sequence[str], findings: Sequence[Finding]) -> str:
     common = sorted(kinds.items(), key=lambda kind: len(kind[1]), reverse=True)
     for (verdict, _), found in common[:REASONS_SHOWN]:
         reason, file = found[0]
-        lines += [f"  {len(found):6} {verdict}: {reason}", f"         {file}"]
+        more = f" and {len(found) - 1} more (column reason)" if len(found) > 1 else ""
+        lines += [f"  {len(found):6} {verdict}: {reason}", f"         {file}{more}"]
     if len(common) > REASONS_SHOWN:
         lines.append("  others: see the column reason")
     usable = [finding for finding in findings if finding.verdict != "bad"]

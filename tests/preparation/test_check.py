@@ -304,7 +304,7 @@ def test_the_summary_counts_verdicts_reasons_and_what_is_usable(checked):
     assert lines[0] == "0 fine, 2 suspicious, 1 bad"
     assert lines[1:3] == [
         "       2 suspicious: 9 frames, fewer than a clip of 16: y",
-        "         /b",
+        "         /b and 1 more (column reason)",
     ]
     assert lines[-1] == "  usable: 2 files, 0.35 hours, 18 frames"
     assert summary(["/a"], [Finding("bad", ("why",))]).endswith("0 files, 0.00 hours, 0 frames")
