@@ -214,7 +214,7 @@ def run_recipe(
     add = parser.add_argument
     for name, settings in options.items():
         add(name, **settings)
-    where = "where manifests and labels.txt go, by default beside this script"
+    where = "folder for manifests and labels.txt; default: that of this script"
     add("--output", default=Path(script).resolve().parent, help=where, **FOLDER)
     suffix = {"type": str.lower, "choices": SUFFIXES[kind], "metavar": ".EXT"}
     add("--suffix", help=f"take only {kind}s with this suffix", **suffix)
