@@ -734,7 +734,7 @@ def test_shards_of_which_something_changed_are_refused(start, tmp_path, capsys, 
     start(*arguments)
     later(source)
     start(*arguments, code=2)
-    assert "hold 1 file of another time" in capsys.readouterr().err
+    assert "hold 1 file whose content or label" in capsys.readouterr().err
     source.unlink()  # its outputs stay
     start(*arguments)
     assert "0 of them new" in capsys.readouterr().out
