@@ -188,7 +188,7 @@ def test_a_saved_model_is_loaded_with_its_teacher_and_describes_itself(untrained
     assert "masking:\n" in card
     with pytest.raises(CheckpointError, match="mine is a file or has files already"):
         model.save_pretrained(saved)
-    with pytest.raises(CheckpointError, match="README.md has files already"):
+    with pytest.raises(CheckpointError, match="README.md is a file"):
         model.save_pretrained(saved / "README.md")
 
 
