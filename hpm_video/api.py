@@ -69,7 +69,7 @@ class Model:
         return load(source, **options)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write model, config and model card for :func:`load`. -> the folder
+        """Write weights, config and model card for :func:`load`. -> the folder
 
         Raises:
             CheckpointError: the folder has files already.
@@ -79,8 +79,8 @@ class Model:
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
         """Upload what :meth:`save_pretrained` writes to the Hugging Face Hub. -> the address
 
-        Paths in the config, and that of imported weights, go along. A repository is made where
-        there is none; in one that is there, only the model of before is replaced.
+        Paths in the config, and that of imported weights, are uploaded too. A missing repository is
+        created; in an existing one, only the earlier model is replaced.
 
         Raises:
             CheckpointError: the Hub cannot be reached or refuses it.

@@ -64,7 +64,7 @@ def save_pretrained(trained: TrainedModel, folder: Path, name: str = "") -> Path
         CheckpointError: the folder has files already, or the weights cannot be read.
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise CheckpointError(f"{folder} has files already, or is one; give another folder")
+        raise CheckpointError(f"{folder} is a file or has files already; give another folder")
     weights = {trained.file: trained.tensors}
     if not trained.is_classifier and trained.teacher is not None:
         weights["teacher"] = trained.teacher

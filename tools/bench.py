@@ -28,7 +28,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
     """Measure, print tables, and write them to --output if it is given. -> the exit code"""
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("command", choices=MODULES, metavar="COMMAND", help="one of those above")
+    add("command", choices=MODULES, metavar="COMMAND", help="one of the commands above")
     add("options", nargs=argparse.REMAINDER, metavar="...", help="options of the command")
     given = parser.parse_args(command_line)
     module = import_module(MODULES[given.command])  # which imports torch
@@ -36,7 +36,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
     of_command = make_parser(cleandoc(bench.__doc__))
     of_command.prog = f"{parser.prog} {given.command}"
     getattr(module, f"{given.command}_options")(of_command)
-    add_options(of_command, output={"metavar": "FILE.json", "help": "write the tables to it"})
+    add_options(of_command, output={"metavar": "FILE.json", "help": "file to write the tables to"})
     arguments = of_command.parse_intermixed_args(given.options)
     return run(lambda: measure(bench, arguments))
 

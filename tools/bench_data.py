@@ -42,14 +42,14 @@ def loader_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``loader``."""
     add = parser.add_argument
     add_config(parser, "a config, or RUN/config.yaml")
-    tried = "decoding processes to try, of all --processes together; may be given several times"
+    tried = "decoding processes to try, of all --processes together; may be repeated"
     add("--workers", type=positive, action="append", metavar="N", help=tried)
     processes = "training processes that share this machine; default: one per GPU, or 1"
     add("--processes", type=positive, metavar="N", help=processes)
-    needs = "clips/s that updates take on all GPUs here; default: measured on a GPU"
+    needs = "clips/s that the updates of all GPUs here consume; default: measured, on a GPU"
     add("--needs", type=above_zero, metavar="CLIPS", help=needs)
-    add("--clips", type=positive, default=48, help="videos whose phases are timed (48)")
-    add("--seconds", type=above_zero, default=8.0, metavar="S", help="per trial (8)")
+    add("--clips", type=positive, default=48, help="videos whose phases are timed (default 48)")
+    add("--seconds", type=above_zero, default=8.0, metavar="S", help="of a trial (default 8)")
 
 
 def bench_loader(arguments: argparse.Namespace) -> Iterator[tuple[str, Rows]]:
@@ -141,8 +141,8 @@ def decoding_options(parser: argparse.ArgumentParser) -> None:
     videos = "a video, a folder of frames (ends in /), or a manifest: its first file is taken"
     parser.add_argument("videos", nargs="+", metavar="VIDEO", help=videos)
     add = parser.add_argument
-    add("--clips", type=positive, default=4, help="clips out of one pass (4)")
-    add("--repeats", type=positive, default=15, help="measurements of each (15)")
+    add("--clips", type=positive, default=4, help="clips of one pass (default 4)")
+    add("--repeats", type=positive, default=15, help="measurements of each (default 15)")
     add_options(parser, views={"default": (5, 3)})
 
 

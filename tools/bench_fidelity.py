@@ -39,8 +39,8 @@ def fidelity_options(parser: argparse.ArgumentParser) -> None:
     add("data", type=Path, help="manifest or folder of videos that it was not trained on")
     costs = "config whose GMAC are counted; default: the checkpoint's"
     add("--costs", type=Path, metavar="CONFIG", help=costs)
-    add("--clips", type=positive, default=160, help="clips at most (160)")
-    add("--seeds", type=positive, default=3, help="sets of random masks (3)")
+    add("--clips", type=positive, default=160, help="largest number of clips (default 160)")
+    add("--seeds", type=positive, default=3, help="sets of random masks (default 3)")
     add_options(parser, "device", "root")
 
 

@@ -63,13 +63,13 @@ def update_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``update``."""
     add = parser.add_argument
     add_config(parser, "a file of configs/")
-    add("--clips", type=positive, default=TIMED_CLIPS, help=f"per update ({TIMED_CLIPS})")
-    add("--repeats", type=positive, default=5, help="timed updates per turn (5)")
+    add("--clips", type=positive, default=TIMED_CLIPS, help=f"per update (default {TIMED_CLIPS})")
+    add("--repeats", type=positive, default=5, help="timed updates per turn (default 5)")
     words = "'section.key=value ...' or 'CONFIG section.key=value ...'"
     against = f"also time the config with other values, or another config: {words}"
     add("--against", action="append", default=[], metavar="WORDS", help=against)
     for name, known in (("--precision", [*AUTOCAST]), ("--compile", get_args(CompileMode))):
-        add(name, action="append", choices=known, help="to time; may be given several times")
+        add(name, action="append", choices=known, help="what to time; may be repeated")
 
 
 def bench_update(arguments: argparse.Namespace) -> Iterator[tuple[str, Rows]]:
@@ -266,9 +266,9 @@ def bench_gpu(arguments: argparse.Namespace) -> Iterator[tuple[str, Rows]]:
 def losses_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``losses``."""
     add = parser.add_argument
-    add("--clips", type=positive, default=32, help="clips per call (32)")
-    add("--tokens", type=positive, default=1412, help="hidden tokens per clip (1412)")
-    add("--repeats", type=positive, default=6, help="timed calls of each (6)")
+    add("--clips", type=positive, default=32, help="clips per call (default 32)")
+    add("--tokens", type=positive, default=1412, help="hidden tokens per clip (default 1412)")
+    add("--repeats", type=positive, default=6, help="timed calls of each (default 6)")
     add_options(parser, "device")
 
 
@@ -318,8 +318,8 @@ def plain_ranking_loss(scores: Tensor, errors: Tensor) -> Tensor:
 def flops_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``flops``."""
     add = parser.add_argument
-    add("config", type=Path, nargs="+", metavar="CONFIG", help="such as configs/pretrain/demo.yaml")
-    changes = "changes of all the configs, such as data.num_frames=8"
+    add("config", type=Path, nargs="+", metavar="CONFIG", help="a config or several")
+    changes = "overrides for all configs, such as data.num_frames=8"
     add("--set", nargs="+", default=[], metavar="section.key=value", help=changes)
 
 

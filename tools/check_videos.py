@@ -33,9 +33,9 @@ from hpm_video.workers.room import default_workers
 
 SOME_ARE_BAD = 3
 EXIT_CODES = console.exit_codes(
-    "it is done, and every file can be used (suspicious ones too)",
-    "a wrong input: the message says which, and what to do",
-    "3    it is done, and some files are bad",
+    "success: every file can be used, including suspicious ones",
+    "wrong input; the message says which, and what to do",
+    "3    the check is complete, and some files are bad",
 )
 
 
@@ -46,11 +46,11 @@ def main(command_line: Sequence[str] | None = None) -> int:
     processes = {"default": default_workers(), "help": "processes (default here: %(default)s)"}
     checked = {
         "metavar": "CHECKED.csv",
-        "help": "or --out; default: NAME.checked.csv beside the manifest. If it exists, files "
+        "help": "default: NAME.checked.csv beside the manifest. If it exists, files "
         "that the same decoder could use and that have not changed since are not decoded again",
     }
     workers = {"type": console.positive, **processes}
-    decoder = {"help": "the one that training will use"}
+    decoder = {"help": "decoder that training will use"}
     shared = ("root", "seconds", "memory")
     console.add_options(parser, *shared, output=checked, workers=workers, decoder=decoder)
     arguments, num_bad = parser.parse_args(command_line), list[int]()

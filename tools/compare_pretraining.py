@@ -24,9 +24,9 @@ def main(command_line: Sequence[str] | None = None) -> int:
     parser = console.make_parser(__doc__)
     console.add_config(parser, "a file of configs/finetune or configs/probe")
     add = parser.add_argument
-    rates = "default: 1/2, 1 and 2 times the config's"
+    rates = "base learning rates; default: 1/2, 1 and 2 times the config's"
     add("--base-lrs", type=console.above_zero, nargs="+", metavar="LR", help=rates)
-    seeds = "of the runs (default 0 1 2)"
+    seeds = "seeds of the runs (default 0 1 2)"
     add("--seeds", type=console.not_negative, nargs="+", default=[0, 1, 2], metavar="N", help=seeds)
     console.add_options(parser, output={"required": True, "help": "folder of the runs"})
     arguments = parser.parse_intermixed_args(command_line)

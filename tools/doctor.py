@@ -20,7 +20,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
         make_parser(__doc__, exit_codes("nothing is missing")).parse_args(command_line)
         code = run(report_device)
     except ImportError as error:
-        print(f"error: {error}; install what is missing, then this says more")
+        print(f"error: {error}; install what is missing, then run this again")
         code = 2
     return code if report_libraries() else 2
 

@@ -44,7 +44,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
     add("--window-stride", type=positive, metavar="FRAMES", help=windows)
     add("--tokens", action="store_true", help="every token of the last layer, not one vector")
     add("--npz", action="store_true", help="also write features.npz: X, y, names and files")
-    add("--dtype", choices=("float32", "float16"), default="float32", help="of the features")
+    add("--dtype", choices=("float32", "float16"), default="float32", help="default: float32")
     add("--clips-per-pass", type=positive, metavar="N", help="fewer take less memory (default 32)")
     add_options(parser, "root")
     arguments = parser.parse_args(command_line)

@@ -32,7 +32,7 @@ the same one, and the first is about to print it."""
 ENDING = 10.0  # seconds from SIGTERM to SIGKILL for the others of a job that cannot go on
 FAULTS = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 """Signals that a broken connection to another process does not cause, as it may SIGABRT."""
-AGAIN = "Start the same command again: it goes on from the last checkpoint"
+AGAIN = "Start the same command again: it resumes from the last checkpoint"
 EPILOG = f"""exit codes:
   that of the program if its processes end by themselves, such as 0, 2, or 75 and 130 for a
   stop with the state saved. 1 if one is killed by a signal, or does not end when asked to.

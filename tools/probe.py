@@ -34,14 +34,14 @@ def main(command_line: Sequence[str] | None = None) -> int:
         parser,
         "checkpoint folder of a pre-training run",
         (*OF_PRETRAINING, "untrained"),
-        weights_help="default: student; untrained: those that pre-training began with",
+        weights_help="default: student; untrained: the weights that pre-training began with",
         default_weights="student",
     )
     add = parser.add_argument
     add("--train", required=True, help="labelled manifest or folder of classes")
-    add("--validation", required=True, help="the same, to test on")
+    add("--validation", required=True, help="the same for testing")
     kinds = CACHED + TRAINED
-    add("--probes", nargs="+", choices=kinds, default=list(CACHED), help="default: knn logistic")
+    add("--probes", nargs="+", choices=kinds, default=list(CACHED), help="default: knn, logistic")
     votes = "numbers of neighbours that vote (default 10 20 100 200)"
     add("--neighbours", type=positive, nargs="+", default=[*NEIGHBOURS], metavar="K", help=votes)
     of_trained = "overrides for the probes that are trained, such as recipe.batch_size=64"

@@ -32,7 +32,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
     add("--feature-weights", type=Path, metavar="PATH", help=of_target)
     start = "first frame, from 0; default: a middle clip"
     add("--start", type=console.not_negative, metavar="FRAME", help=start)
-    stride = "from one frame of the clip to the next; default: the run's"
+    stride = "frames of the video from one frame of the clip to the next; default: the run's"
     add("--frame-stride", "--stride", type=console.positive, metavar="FRAMES", help=stride)
     masks = "masks that the true error is averaged over (default 10)"
     add("--masks", type=console.positive, default=10, metavar="N", help=masks)
@@ -40,7 +40,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
     add("--hard-fraction", type=float, metavar="SHARE", help=hard)
     blind = "estimate mean and contrast of hidden patches from visible ones, not from the input"
     add("--without-ground-truth", action="store_true", help=blind)
-    add("--animation", choices=("mp4", "none"), default="mp4", help="file of it (default mp4)")
+    add("--animation", choices=("mp4", "none"), default="mp4", help="its format (default mp4)")
     output = {"default": Path("pictures"), "help": "folder to write to (default pictures)"}
     console.add_options(parser, "device", "decoder", output=output)
     arguments = parser.parse_args(command_line)

@@ -24,7 +24,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__, exit_codes())
     add = parser.add_argument
     add("manifest", type=Path, help="manifest, or folder of videos or images")
-    share = "of the files that validation gets (default 0.1)"
+    share = "share of the files that validation gets (default 0.1)"
     add("--share", type=float, default=0.1, metavar="SHARE", help=share)
     add("--seed", type=int, default=0, metavar="N", help="seed of the draw (default 0)")
     column = (

@@ -36,7 +36,7 @@ from hpm_video.workers.room import MAX_WORKERS, default_workers
 GB = 1e9
 EXIT_CODES = exit_codes(
     "every file is done",
-    "a wrong input or a full disk, or some files cannot be read: they are listed in\n"
+    "wrong input, a full disk, or files that cannot be read: these are listed in\n"
     "       OUT/failed.csv, and the others are done",
 )
 
@@ -54,9 +54,9 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     add("source", type=Path, metavar="MANIFEST", help="manifest or folder of videos or images")
     add("output", type=Path, metavar="OUT", help="folder to write to; a second start resumes")
     forms = ("files", "frames", "shards")
-    add("--to", choices=forms, default="files", dest="form", help="see above (default files)")
+    add("--to", choices=forms, default="files", dest="form", help="form of OUT (default files)")
     add("--copy", action="store_true", help="with --to shards: pack the files as they are")
-    smaller = "of larger frames (default 320); smaller ones keep their size, odd sides lose a pixel"
+    smaller = "of larger frames (default 320); smaller ones keep their size; odd sides lose a pixel"
     add("--short-side", type=positive, default=320, metavar="PIXELS", help=smaller)
     by_time = "frames per second, chosen by time; default: every frame once, at the average rate"
     add("--fps", type=above_zero, metavar="N", help=by_time)
@@ -68,8 +68,8 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     add("--key-frames", type=positive, default=12, metavar="N", help="at most N apart (default 12)")
     add("--crf", type=whole_number(0, 51), default=20, metavar="0-51", help="of H.264 (default 20)")
     quality = whole_number(1, 100)
-    add("--quality", type=quality, default=90, metavar="1-100", help="JPEG (default 90)")
-    add("--shard-size", type=above_zero, default=1.0, metavar="GB", help="(default 1)")
+    add("--quality", type=quality, default=90, metavar="1-100", help="of JPEG (default 90)")
+    add("--shard-size", type=above_zero, default=1.0, metavar="GB", help="default: 1")
     workers = {
         "type": positive,
         "default": default_workers() + 1,

@@ -72,15 +72,15 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     add("--entry", metavar="KEY", help="key of the state dict, if a file has several")
     begins = "prefix of a model's tensor names, if a file has several; default: detected"
     add("--prefix", metavar="TEXT", help=begins)
-    alone = "leave out the decoder or head: to pre-train with a decoder that starts fresh"
+    alone = "leave out the decoder or head, to pre-train with a decoder that starts fresh"
     add("--encoder-only", action="store_true", help=alone)
-    heads = "attention heads of the {}, a number that the weights do not show"
+    heads = "attention heads of the {}, which weights do not show"
     add("--heads", type=positive, metavar="N", help=heads.format("encoder"))
     add("--decoder-heads", type=positive, metavar="N", help=heads.format("decoder"))
-    fresh = "of a decoder that starts fresh; default: the papers' choice for this encoder"
+    fresh = "size of a decoder that starts fresh; default: the papers' for this encoder"
     sizes = ("WIDTH", "DEPTH", "HEADS")
     add("--decoder", type=positive, nargs=3, metavar=sizes, help=fresh)
-    as_said = "value for a clip; default: from the file, or else {}"
+    as_said = "size of a clip; default: from the file, or else {}"
     add("--num-frames", type=positive, metavar="T", help=as_said.format("16"))
     size = as_said.format("the size of its positions")
     add("--frame-size", type=positive, nargs=2, metavar=("H", "W"), help=size)

@@ -356,7 +356,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__, exit_codes())
     without_network = "folder that holds the footage, for a machine without a network"
     parser.add_argument("--footage", type=Path, metavar="DIR", help=without_network)
-    parser.add_argument("--force", action="store_true", help="make all of it anew")
+    parser.add_argument("--force", action="store_true", help="make everything anew")
     given, here = parser.parse_args(command_line), Path(__file__).resolve().parent
     if not given.force and all((here / name).is_file() for name in MANIFESTS):
         print(f"demo data: complete in {here} (--force makes it anew)")

@@ -32,8 +32,8 @@ def plan_batches(
     possible = micro_batches(batch_size, processes, multiple)
     if micro_batch is not None and micro_batch not in possible:
         raise ConfigError(
-            f"engine.micro_batch must be one of {', '.join(map(str, possible))} where "
-            f"recipe.batch_size={batch_size} spreads over processes={processes}"
+            f"engine.micro_batch must be one of {', '.join(map(str, possible))} with "
+            f"recipe.batch_size={batch_size} and processes={processes}"
             f"{_why(multiple)}, got {micro_batch}"
         )
     return BatchPlan(batch_size, processes, possible[-1] if micro_batch is None else micro_batch)
@@ -56,4 +56,4 @@ def micro_batches(batch_size: int, processes: int, multiple: int = 1) -> list[in
 
 
 def _why(multiple: int) -> str:
-    return "" if multiple == 1 else " and passes of pairs (for mixup, CutMix or a batch norm)"
+    return "" if multiple == 1 else " and an even micro-batch (for mixup, CutMix or a batch norm)"

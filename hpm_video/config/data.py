@@ -36,9 +36,9 @@ class DataConfig:
     frame_stride: Count | None = None
     """Frames of the video from one frame of the clip to the next; 4, unless ``fps`` is set."""
     max_frame_stride: int | None = None
-    """Largest stride, where each training clip draws its own from frame_stride on."""
+    """Largest stride, if each training clip draws its own; frame_stride is the smallest."""
     fps: Finite | None = None
-    """Frames per second of a clip, whatever the rate of the video: in place of a stride."""
+    """Frames per second of a clip, whatever the rate of the video; it replaces the stride."""
     frame_size: tuple[Count, Count] = (224, 224)
     """Height and width of a clip in pixels."""
     interpolation: Interpolation = "bilinear"
@@ -50,12 +50,12 @@ class DataConfig:
     """``dense``: frames at the stride (Kinetics). ``segments``: one frame of each of num_frames
     equal parts of the video, whatever the stride (Something-Something V2)."""
     repeats: Count = 1
-    """Clips of each decoded video, in fine-tuning of the same frames. A batch counts videos."""
+    """Clips of each decoded video (of the same frames in fine-tuning). A batch counts videos."""
     clips_per_minute: Finite | None = None
     """Samples of a training video in an epoch per minute of its length, at least one; the manifest
     must state every length. By default each gives one."""
     flip: bool = False
-    """Mirror half of the training clips: not where labels depend on direction (SSv2)."""
+    """Mirror half of the training clips. Not if labels depend on direction (SSv2)."""
     label_names: str | None = unrelated(default=None)
     """Text file with the name of class i in line i; by default the manifest's names."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
@@ -66,9 +66,9 @@ class DataConfig:
     """Processes that decode; by default one less than there are cores, at least 1 and at most 16.
     With 0 the run itself decodes, and a file on which a decoder hangs or crashes ends it."""
     seconds_per_file: Positive = unrelated(default=60.0)
-    """A file that takes longer to decode is bad, and the process that decodes it is replaced."""
+    """Seconds to decode a file; one that takes longer is bad, and its process is replaced."""
     memory_per_worker: Positive = unrelated(default=4.0)
-    """GiB that a process that decodes may take; a file that needs more is bad. On Linux only."""
+    """GiB that a decoding process may add; a file that needs more is bad. On Linux only."""
     max_bad_share: Share = unrelated(default=0.01)
     """Share of the manifest's files that may fail to decode before the run stops."""
 

@@ -48,7 +48,7 @@ def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> C
             part = _checked(OmegaConf.from_dotlist([override]), "the command line")
             given.merge_with(part)
         if open_keys := sorted(OmegaConf.missing_keys(given)):
-            raise ConfigError(f"{path} leaves {open_keys[0]} to you: give {open_keys[0]}=VALUE")
+            raise ConfigError(f"{path} has no {open_keys[0]}; give {open_keys[0]}=VALUE")
         _leave_out_usual_stride(given)
         _check_sources(given)
         config = OmegaConf.to_object(OmegaConf.merge(defaults_of(schema), given))
@@ -91,7 +91,7 @@ def _checked(value: Any, source: str, key: str = "") -> Any:
         value = OmegaConf.to_container(value)
     if isinstance(value, str) and "${" in value:
         raise ConfigError(
-            f"{source} has {key}={value}, but ${{...}} is not filled in; write the value itself"
+            f"{source} has {key}={value}, but ${{...}} is not resolved; write the value itself"
         )
     if isinstance(value, list):
         return [_checked(each, source, f"{key}[{number}]") for number, each in enumerate(value)]

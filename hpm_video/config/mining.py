@@ -63,7 +63,7 @@ class MiningConfig:
     feature_model: str | None = None
     """timm's name of the ``dino`` or ``clip`` model; by default ViT-B/16."""
     feature_weights: str | None = unrelated(default=None)
-    """File of its weights, which is never downloaded. A run that goes on needs the same weights."""
+    """File of its weights, which is never downloaded. To resume, a run needs the same weights."""
     objective: str = "hpm"
     """``hpm``: hard patches mining, or a subclass of it that was registered."""
     predictor: choices.PredictorObjective = "relative"

@@ -23,11 +23,11 @@ class EncoderConfig:
     """A learned token for the whole clip that goes through encoder and decoders."""
     conventions: Conventions = "videomae"
     """``mae``: the layer from encoder to decoders has a bias, patch embedding and tokens start as
-    in that paper (xavier-uniform; normal, deviation 0.02), and pre-training decays the tokens."""
+    in that paper (xavier-uniform; normal, standard deviation 0.02), and the tokens are decayed."""
     drop_path: Chance = 0.0
-    """Chance of dropping a residual branch of the encoder's last block; it rises from 0."""
+    """Chance of dropping a residual branch of the encoder's last block, from 0 in the first."""
     checkpoint_activations: bool = unrelated(default=False)
-    """Compute the blocks again in the backward pass instead of keeping what they computed."""
+    """Recompute the blocks in the backward pass instead of keeping their activations."""
 
     def __post_init__(self) -> None:
         check_fields("model", self)
@@ -35,7 +35,7 @@ class EncoderConfig:
         for size in sizes if self.positions != "sequence" else ():
             if size.dim % 4:
                 raise ConfigError(
-                    f"model.positions={self.positions} needs widths that 4 divides, got {size.dim}"
+                    f"model.positions={self.positions} needs widths divisible by 4, got {size.dim}"
                 )
 
 

@@ -24,7 +24,7 @@ class RunConfig:
     """What every training run has, whatever it trains."""
 
     output_dir: str = unrelated(default="")
-    """Run directory. A run that was interrupted goes on from there."""
+    """Directory of the run. An interrupted run resumes from it."""
     seed: int = 0
     init_weights: str | None = None
     """Checkpoint folder or .safetensors file to start from."""
@@ -107,7 +107,7 @@ class PretrainConfig(RunConfig):
         for name, source in self.mix.items():
             if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
                 raise ConfigError(
-                    f"a name in mix must be of letters, digits, _ and -, got {name!r}"
+                    f"a name in mix must be a letter, then letters, digits, _ and -, got {name!r}"
                 )
             self._check_source(name, source.data)
 
@@ -120,7 +120,7 @@ class PretrainConfig(RunConfig):
             )
         for key in ("workers", "max_bad_share", "label_names") if at else ():
             if getattr(data, key) != getattr(DataConfig(), key):
-                raise ConfigError(f"{at}data.{key} plays no part; give data.{key} for all sources")
+                raise ConfigError(f"{at}data.{key} has no effect; set data.{key} for all sources")
         for key in ("mean", "std", *(["frame_size"] if self.mining.feature_kind else [])):
             own, main = getattr(data, key), getattr(self.data, key)
             if own != main:

@@ -68,7 +68,7 @@ class EngineConfig:
     """How updates are computed."""
 
     name: Literal["torch", "deepspeed"] = "torch"
-    """``torch``: of several processes DDP. ``deepspeed`` computes the same in less memory."""
+    """``torch``: DDP with several processes. ``deepspeed`` computes the same in less memory."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """What DeepSpeed shards over the processes: 0 nothing, 1 the optimizer's moments (the default),
     2 the gradients as well, 3 the weights, and the teacher's, as well."""
@@ -127,7 +127,7 @@ class LoggingConfig:
     validate_every_epochs: Positive = 20
     """Epochs between two validations (one more at the end)."""
     validation_clips: Count = 512
-    """Validation clips that are measured at most, evenly over the manifest."""
+    """Largest number of validation clips, spread evenly over the manifest."""
     picture_every_epochs: Positive = 100
     """Epochs between two picture sheets (one more at the end)."""
     trackers: tuple[str, ...] = ("jsonl", "tensorboard")
@@ -162,7 +162,7 @@ class EvaluationConfig:
     crops: Count = 3
     """Crops of each clip, along its longer side."""
     checkpoint: Literal["last", "best"] = "last"
-    """``best`` is best on ``data.validation``: no fair choice where that is tested on as well."""
+    """``best`` is best on ``data.validation``: optimistic if the test uses the same videos."""
     weights: Literal["model", "average"] = "model"
     """``average``: the EMA, see ``recipe.average_momentum``. Validation uses the same."""
     clips_per_pass: Count = 32
@@ -185,7 +185,7 @@ class KnnConfig:
     every_epochs: Positive = 20
     """Epochs between two measurements (one more at the end)."""
     videos: Count = 2000
-    """Videos of each manifest that are used at most, evenly over it."""
+    """Largest number of videos of each manifest, spread evenly over it."""
     k: Count = 20
     """Neighbours that vote."""
     temperature: Positive = 0.07

@@ -28,9 +28,9 @@ LARGEST = 1e15
 """Limit of the numbers in a manifest."""
 _SUFFIXES = f"one of {' '.join(VIDEO_SUFFIXES)} (videos) or {' '.join(IMAGE_SUFFIXES)} (images)"
 _EXPECTED = (
-    "Expected is a CSV file whose first line names its columns: path, and where wanted label, "
-    "label_name, num_frames, kept_every, start, end, fps and verdict; or a list without such a "
-    "line, of 'file label', 'file 0 -1' (unlabelled), 'file num_frames label' or 'file' alone, "
+    "Expected: a CSV file whose first line names its columns (path; optional are label, "
+    "label_name, num_frames, kept_every, start, end, fps and verdict), or a list without a header "
+    "of lines 'file label', 'file 0 -1' (unlabelled), 'file num_frames label' or 'file' alone, "
     f"where the name of the file ends in {_SUFFIXES}"
 )
 _LIST_LINE = re.compile(
@@ -120,8 +120,8 @@ class Manifest:
             if not math.isfinite(seconds):
                 raise ManifestError(
                     f"data.clips_per_minute needs the length of every video, but the manifest does "
-                    f"not state num_frames and fps of {file}. Write these columns: "
-                    f"tools/check_videos.py"
+                    f"not state num_frames and fps of {file}; tools/check_videos.py "
+                    f"writes these columns"
                 )
             rows += [row] * max(1, round(per_minute * seconds / 60))
         return self.of(rows)
@@ -177,15 +177,14 @@ def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
     kept = np.flatnonzero(verdicts != "bad").tolist()
     if not kept:
         raise ManifestError(
-            f"all {len(manifest)} files of {listing.source} are bad, as its column verdict has it, "
-            "and its column reason may say why. Where they were repaired, check them again: "
-            "tools/check_videos.py"
+            f"all {len(manifest)} files of {listing.source} have the verdict bad; see "
+            "its column reason. If they have been repaired, check them again: tools/check_videos.py"
         )
     if left_out := len(manifest) - len(kept):
         places.log_once(
             logging.INFO,
-            f"{left_out} of {len(manifest)} files of {listing.source} are left out: its column "
-            "verdict says bad",
+            f"{left_out} of {len(manifest)} files of {listing.source} are left out, since "
+            "their verdict is bad",
         )
     return manifest.of(kept) if left_out else manifest
 
@@ -273,9 +272,9 @@ def _read_list(source: Path, text: str) -> pd.DataFrame:
         if not match and (not row.strip() or row.startswith("#")):
             continue
         if not match:
-            why = "need the path of a video or an image and then whole numbers"
+            why = "need the path of a video or an image, then whole numbers"
             if line == 1 and not re.search(r"\d|/", row):
-                why += ", or a first line that names columns, of which one is path"
+                why += ", or a first line that names the columns, one of them path"
             raise _bad_line(source, line, row, f"{why} (folders of frames are not read)")
         numbers = re.sub(r"[,;]|\.0+\b", " ", match["numbers"]).split()
         columns = len(numbers) if columns is None else columns
@@ -368,20 +367,20 @@ def _read_folder(folder: Path) -> Listing:
     if odd := [name for name in every if places.unwritable(name)]:
         places.log_once(
             logging.WARNING,
-            f"{len(odd)} of {len(every)} files in {folder} are left out, for no manifest can hold "
-            f"their names. Rename them, or their folders: {odd[0]!r} {places.unwritable(odd[0])}",
+            f"{len(odd)} of {len(every)} files in {folder} are left out: no manifest can hold "
+            f"their names. Rename them or their folders: {odd[0]!r} {places.unwritable(odd[0])}",
         )
     if not found:
         raise ManifestError(
-            f"there are no videos in {folder}, and no images; looked, in its folders too, for "
-            f"names that end in {_SUFFIXES}"
+            f"there are no videos in {folder} or its subfolders, and no images; their names must "
+            f"end in {_SUFFIXES}"
         )
     images = sum(name.lower().endswith(IMAGE_SUFFIXES) for name in found)
     if 0 < images < len(found):
         raise ManifestError(
-            f"{folder} holds both, {counted(len(found) - images, 'video')} and "
-            f"{counted(images, 'image')}, and nothing tells which of them are meant. Move one kind "
-            "to another folder, or write a manifest of the files that are meant"
+            f"{folder} holds both {counted(len(found) - images, 'video')} and "
+            f"{counted(images, 'image')}. Move one kind to another folder, or write a manifest of "
+            "the files to use"
         )
     columns = {"path": found}
     if all(name.count("/") == 1 for name in found):

@@ -30,20 +30,20 @@ def place_of(path: str, base: Path, *, confined: bool) -> str:
     if member := TarMember.parse(path):
         if _climbs(member.name) or member.name[0] == "/":
             raise ValueError(
-                "the name of a member must not lead out of its tar file, by .. or a slash in "
-                "front; pack it anew"
+                "the name of a member must not lead out of its tar file, by .. or a leading slash; "
+                "pack it anew"
             )
         return str(replace(member, tar=place_of(member.tar, base, confined=confined)))
     if path[0] != "/" and _climbs(path):
         raise ValueError(
-            f"a path must not climb out of its root, {base}, by ..; name a root further up "
-            "(data.root, or --root of a tool), and write paths from there on"
+            f"a path must not climb out of its root, {base}, by ..; give a root further up "
+            "(data.root, or --root of a tool), and paths relative to it"
         )
     place = base / re.sub("^//+", "/", path)
     if confined and not Path(os.path.normpath(place)).is_relative_to(os.path.normpath(base)):
         raise ValueError(
-            f"the path lies outside of the root that was given, {base}; give another root "
-            "(data.root, or --root of a tool), or none, where absolute paths are taken as they are"
+            f"the path lies outside the given root, {base}; give another root (data.root, or "
+            "--root of a tool), or none: absolute paths are then taken as they are"
         )
     return f"{place}/" if path.endswith("/") and str(place) != "/" else str(place)
 

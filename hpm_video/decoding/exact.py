@@ -51,14 +51,14 @@ def check_exact(
         if name not in formats or _LIST.match(source[:4096]):
             raise DecodeError(
                 f"{library} is not known to be exact on this container, {name}, only on "
-                f"{', '.join(formats)}; PyAV is"
+                f"{', '.join(formats)}; use PyAV"
             )
         why = ""
         if shows_all:
             tracks = container.streams.video
             entries = [*stream.index_entries] if name == "mov" else []
             if stream is not tracks[0]:
-                why = f"it has {len(tracks)} video streams, and the first is not the one"
+                why = f"it has {len(tracks)} video streams, and the one to read is not the first"
             elif any(entry.is_discard for entry in entries) or (
                 name == "mov" and len(entries) < stream.frames
             ):

@@ -82,7 +82,7 @@ def open_container(
     except (av.error.InvalidDataError, av.error.EOFError, av.error.ArgumentError) as error:
         known = FORMATS.replace(",", ", ")
         raise DecodeError(
-            f"it is no video of a container that is read ({known}), or it is cut off or damaged: "
+            f"its container is none of those supported ({known}), or it is cut off or damaged: "
             f"{error.strerror}. Download it again, or convert it: ffmpeg -i FILE NEW.mp4"
         ) from error
     stream = cast("av.VideoStream | None", container.streams.best("video"))

@@ -92,7 +92,7 @@ class VideoReader(ABC):
         raise DecodeError("it states no times of its frames", self.path)
 
     def frames_stated(self, stated: int) -> int:
-        """Return how many of ``stated`` frames there are, without decoding. -1: of all"""
+        """Return how many of ``stated`` frames there are, without decoding; -1 means all."""
         if stated <= 0:
             return self.num_frames
         return stated if self._must_count() else min(stated, self.num_frames)
@@ -151,7 +151,7 @@ def as_decode_error(path: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise DecodeError(f"there is no such file{_other_spelling(path)}", path) from error
     except IsADirectoryError as error:
-        why = "it is a folder. Where its images are the frames of a video, end its path in a slash"
+        why = "it is a folder. If its images are the frames of a video, end its path in a slash"
         raise DecodeError(why, path) from error
     except Exception as error:  # noqa: BLE001 - native libraries raise anything
         raise DecodeError(f"{type(error).__name__}: {error}"[:500], path) from error
@@ -161,5 +161,5 @@ def _other_spelling(path: str) -> str:
     """Name a file that is there, and whose name differs only in how it is spelled."""
     for other in (path.replace("\\", "/"), normalize("NFC", path), normalize("NFD", path)):
         if other != path and Path(other).exists():
-            return f", but there is {other!r}, with slashes or with other characters of Unicode"
+            return f", but there is {other!r}, spelled with slashes or other Unicode characters"
     return ""

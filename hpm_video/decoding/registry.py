@@ -89,7 +89,7 @@ def choose_decoder(decoder: DecoderChoice) -> DecoderName:
         if not (why := what_is_wrong(name)):
             return name
         wrong.append(f"{name} cannot be used: {why}; install it with: {DECODERS[name].install}.")
-    raise DecoderError(f"no decoder for videos (data.decoder: {decoder}). {' '.join(wrong)}")
+    raise DecoderError(f"no decoder works for videos (data.decoder={decoder}). {' '.join(wrong)}")
 
 
 def decoder_versions() -> dict[str, str]:

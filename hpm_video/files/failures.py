@@ -47,10 +47,10 @@ class TooManyBadFiles(BadFilesError):  # noqa: N818 - it says what is wrong
 
     def __init__(self, failures: Sequence[Failure], num_files: int, max_bad_share: float) -> None:
         remedy = (
-            f"data.max_bad_share {max_bad_share:g} allows {tolerated(num_files, max_bad_share)}. "
+            f"data.max_bad_share={max_bad_share:g} allows {tolerated(num_files, max_bad_share)}. "
             "If all fail alike, look at the path (data.root) and the disk; otherwise take them out "
-            "of the manifest, encode them anew, or raise data.max_bad_share. Files noted in the "
-            "run's bad_files.csv count: delete it once they are repaired"
+            "of the manifest, encode them anew, or raise data.max_bad_share. Files in the run's "
+            "bad_files.csv count too: delete it once they are repaired"
         )
         super().__init__(failures, num_files, remedy, "file")
 

@@ -29,9 +29,9 @@ class PluginError(ExpectedError, RuntimeError):
 
 
 def register(kind: Kind, name: str, thing: Any) -> None:
-    """Add something that configs then choose by its name.
+    """Add a part by a name, which configs can then choose.
 
-    The thing, by its kind, and the key of the config that then takes its name:
+    The part by its kind, and the key of the config that takes its name:
 
     - ``mask_strategy`` (``masking.strategy``): a ``MaskStrategy``.
     - ``target`` (``mining.target``): makes a ``Target`` of ``patch_size``, ``mean`` and ``std``.
@@ -48,7 +48,7 @@ def register(kind: Kind, name: str, thing: Any) -> None:
 
     Raises:
         ValueError: there is no such kind, the name is taken or not a name, or the reader of a
-            decoder is in no module.
+            decoder is not defined in a module.
     """
     if kind not in TABLES:
         raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
@@ -83,6 +83,6 @@ def load_plugins() -> None:
             point.load()()
         except Exception as error:  # noqa: PERF203 - a few, once
             raise PluginError(
-                f"the plugin {point.name} ({point.value}) cannot be loaded; mend its package or "
+                f"the plugin {point.name} ({point.value}) cannot be loaded; fix its package or "
                 f"uninstall it. {type(error).__name__}: {error}"
             ) from error

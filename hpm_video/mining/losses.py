@@ -44,7 +44,7 @@ def regression_loss(scores: Tensor, errors: Tensor) -> Tensor:
     """How far ``scores`` are from the standardised ``errors``: (B, M), (B, M) -> ()
 
     Absolute loss prediction, an ablation of the paper: errors are standardised over the tokens of
-    each clip with sqrt(unbiased variance + 1e-6), the scores are not. No gradient to ``errors``.
+    each clip with sqrt(unbiased variance + 1e-6), the scores are not. ``errors`` gets no gradient.
     """
     variance, mean = torch.var_mean(errors.detach().float(), dim=1, keepdim=True)
     target = (errors.detach().float() - mean) / (variance + 1e-6).sqrt()

@@ -56,7 +56,7 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
         gathered: Callable[[nn.Module], AbstractContextManager[nn.Module]] = nullcontext,
         ema_update: EmaUpdate = ema_update_module,
     ) -> None:
-        """Take the rules of the method; ``masks``: by the name of the source of a batch.
+        """Take the parts of the method; ``masks``: the mask rule of each source, by its name.
 
         ``ema``: the teacher. ``gathered`` makes it callable where an engine shards its weights.
         """
@@ -86,7 +86,7 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
         return settings
 
     def losses(self, student: Model, batch: ClipBatch, progress: Progress) -> Losses:
-        """The losses of the student on one batch: L_rec + L_pred."""
+        """The losses of the student on one batch: L_rec + ``predictor_weight`` L_pred."""
         rule, clips = self.masks[batch.source], self.normalised(batch)
         num_picked = rule.num_picked(progress.epoch, progress.epochs)
         difficulty, tokens = self.run_teacher(clips, difficulty=num_picked > 0)

@@ -141,4 +141,4 @@ TARGETS: dict[str, Callable[[Size3, tuple[float, ...], tuple[float, ...]], Targe
     **{kind: partial(PixelTarget, kind=kind) for kind in get_args(TargetKind)},
     "ema": partial(FeatureTarget, model=None),
 }
-"""Targets by ``mining.target``, but those that need the weights of another model."""
+"""Targets by ``mining.target``, except those that need the weights of another model."""

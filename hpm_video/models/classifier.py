@@ -90,7 +90,7 @@ class AttentivePooling(nn.Module):
         nn.init.trunc_normal_(self.latent, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, D) -> (B, D)"""
+        """Pool tokens: (B, N, D) -> (B, D)"""
         pooled = self.attend(self.norm1(tokens))
         return pooled + self.mlp(self.norm2(pooled))
 

@@ -127,8 +127,8 @@ def _make(kind: FeatureKind, name: str, **options: int) -> "VisionTransformer":
     is_clip = isinstance(model.head, nn.Linear) and isinstance(model.norm_pre, nn.LayerNorm)
     if not is_normed or (kind == "clip" and not is_clip):
         raise ValueError(
-            f"{name!r} has no features of kind {kind!r}: tokens are normed behind the blocks, and "
-            f"those of CLIP before them too, and projected; take {DEFAULT_MODELS[kind]!r} or "
+            f"{name!r} has no features of kind {kind!r}: that takes a norm after the blocks, and "
+            f"for clip also one before them and a projection; take {DEFAULT_MODELS[kind]!r} or "
             f"another size of it"
         )
     return model

@@ -49,9 +49,8 @@ def check_sizes(config: AnyConfig, classes: int, held: int, path: Path) -> None:
     for keys, size in takes.items():
         if size > max(held, ANY_SIZE):
             raise CheckpointError(
-                f"{path} has weights of {held:,} bytes, and its {keys} would take {size:,}; a "
-                f"config may take as much as its weights, or {ANY_SIZE:,}. Correct it, if you know "
-                f"where it comes from"
+                f"{path} has weights of {held:,} bytes, but {keys} would take {size:,}; the "
+                f"limit is {max(held, ANY_SIZE):,}. If you trust the file, correct its config"
             )
 
 

@@ -20,7 +20,7 @@ class Prediction(NamedTuple):
     """The predictions for the hidden tokens."""
 
     content: Tensor  # (B, M, P): values of patches, or whatever the target is made of
-    difficulty: Tensor | None  # (B, M), on a scale of its own; none without a predictor
+    difficulty: Tensor | None  # (B, M), on its own scale; none without a predictor
 
 
 class Decoder(Transformer):
@@ -31,7 +31,7 @@ class Decoder(Transformer):
         self.head = nn.Linear(size.dim, out)
 
     def forward(self, tokens: Tensor, num_prefix: int, mask: TokenMask | None) -> Tensor:
-        """Of the hidden tokens, or where there is no mask of all.
+        """Compute outputs for the hidden tokens, or without a mask for all.
 
         (B, num_prefix + V + M, D) -> (B, M or V + M, out)
         """
@@ -63,7 +63,7 @@ class MaskedAutoencoder(ClipEncoder):
         predictor: bool = True,
         target_width: int | None = None,
     ) -> None:
-        """``target_width``: values that are predicted of each token, by default its patch's."""
+        """``target_width``: values predicted for each token; by default those of its patch."""
         super().__init__(
             settings, grid, source_grid=source_grid, other_grids=other_grids, init=None
         )

@@ -69,7 +69,7 @@ def space_time(grid: TokenGrid, dim: int, source: TokenGrid) -> Tensor:
         ValueError: ``dim`` is not a multiple of 4.
     """
     if dim % 4:
-        raise ValueError(f"positions of kind space_time need a width that 4 divides, got {dim}")
+        raise ValueError(f"positions of kind space_time need a width divisible by 4, got {dim}")
     time, height, width = _coordinates(grid, source)
     across = _sines_and_cosines(width, dim // 2).expand(grid.height, -1, -1)
     down = _sines_and_cosines(height, dim // 2).unsqueeze(1).expand(-1, grid.width, -1)

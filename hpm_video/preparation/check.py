@@ -143,9 +143,7 @@ def _check_video(reader: VideoReader, file: str) -> Steps[Finding]:
     )
     doubts = [*doubts_of_stream(stream), *doubts_of_length(sound)]
     if stream.times and reader.num_frames != count:
-        doubts.append(
-            f"the decoder that is to be used counts {reader.num_frames} frames, PyAV {count}"
-        )
+        doubts.append(f"the chosen decoder counts {reader.num_frames} frames, PyAV {count}")
     remedy = f"{AGAIN}, or {ANEW}" if stream.damage else ANEW
     return _with_verdict(finding, doubts, count, unreadable or fault, remedy)
 
@@ -158,7 +156,7 @@ def _sound_frames(stream: VideoStream) -> Steps[tuple[int, str]]:
         size = upright_size(timed.frame)
         if size != stream.size:
             before, now = (f"{width} x {height}" for height, width in (stream.size, size))
-            why = f"frame {sound} is of another size than those before: {before}, then {now}"
+            why = f"frame {sound} differs in size from those before: {before}, then {now}"
             return sound, why
         if sound < len(stream.times) and timed.pts != stream.times[sound]:
             if stream.times[sound] in [later.pts for later in islice(frames, _REORDERED)]:
@@ -190,7 +188,7 @@ def _readable(reader: VideoReader, sound: int) -> Steps[tuple[int, str]]:
 def doubts_of_stream(stream: VideoStream) -> Iterator[str]:
     """Yield reasons why a video that decodes is suspicious."""
     if cut := stream.cut_off():
-        yield f"{cut}: where it was cut off, {AGAIN}"
+        yield f"{cut}: if it was cut off, {AGAIN}"
     if (distance := stream.key_distance) > FARTHEST:
         yield (
             f"{distance} frames from one key frame to the next, so reading from the middle is "
@@ -198,11 +196,11 @@ def doubts_of_stream(stream: VideoStream) -> Iterator[str]:
         )
     if stream.left_out:
         some = counted(stream.left_out, "frame")
-        yield f"its first {some} cannot be decoded (it begins inside a group), and will be left out"
+        yield f"its first {some} cannot be decoded (it begins inside a group), and are left out"
     if not stream.has_order:
         yield f"its times do not tell the order of its frames, so reading is slow: {ANEW}"
     if stream.num_tracks > 1:
-        yield f"it has {stream.num_tracks} video streams, and one is read: look whether it is meant"
+        yield f"it has {stream.num_tracks} video streams, and one is read: check that it is right"
     tick, times = float(stream.tick), np.array(stream.times, dtype=np.float64)
     yield from doubts_of_gaps(np.diff(times) * tick, tick)
 
@@ -218,7 +216,7 @@ def doubts_of_gaps(gaps: NDArray[np.float64], tick: float) -> Iterator[str]:
         low, high = 1000 * gaps.min(), 1000 * gaps.max()
         yield (
             f"a varying frame rate, {low:.0f} to {high:.0f} ms from frame to frame, mostly "
-            f"{1000 * usual:.0f}, so a stride is no fixed time: {ANEW} --fps {1 / usual:.3g}"
+            f"{1000 * usual:.0f}, so a stride is not a fixed time: {ANEW} --fps {1 / usual:.3g}"
         )
 
 

@@ -140,7 +140,7 @@ def read_findings(checked: Path, root: Path | None = None) -> dict[str, Finding]
     listing = read_listing(checked, root)
     if not {*COLUMNS} <= {*listing.table.columns}:
         raise ManifestError(
-            f"{checked} is there, and is no manifest that this program wrote; give another --output"
+            f"{checked} exists and is no manifest that this program wrote; give another --output"
         )
     found = findings_in(listing.table.assign(file=listing.files).to_dict("records"))
     return {file: finding for file, finding in found.items() if finding.verdict != "bad"}

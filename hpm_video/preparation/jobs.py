@@ -73,7 +73,7 @@ class Journal:
         except BlockingIOError as error:
             self.close()
             raise BlockingIOError(
-                f"another program writes to {path}: wait for its end, or name another output"
+                f"another program writes to {path}; wait until it ends, or name another output"
             ) from error
         except OSError:  # some network disks have no locks
             pass
@@ -114,12 +114,12 @@ def claim(
         ]
         if differ:
             raise FileExistsError(
-                f"{folder} holds {holds} of other settings:\n" + "\n".join(differ) + "\n"
-                "Give a new folder, or the settings of before to go on in this one"
+                f"{folder} holds {holds} made with other settings:\n" + "\n".join(differ) + "\n"
+                "Give a new folder, or the earlier settings to resume this one"
             )
     elif folder.exists() and any(entry.name != JOURNAL for entry in folder.iterdir()):
         raise FileExistsError(
-            f"{folder} is not empty, and no folder of {holds} (it has no {SETTINGS}); give another"
+            f"{folder} is not empty, and holds no {holds} (it has no {SETTINGS}); give another"
         )
     journal = Journal(folder / JOURNAL)
     remove_unfinished(folder)
@@ -145,7 +145,7 @@ def run_jobs(
         while left:
             name, result, is_last = pool.next()
             if isinstance(result, DiskFailure):
-                raise OSError(f"{result.reason}. What is done stays; make room, and go on")
+                raise OSError(f"{result.reason}. What is done is kept; make room and start again")
             if isinstance(result, Lost) and name not in lost:
                 lost.add(name)
                 pool.submit(name, jobs[name])

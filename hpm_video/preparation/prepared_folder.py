@@ -116,10 +116,10 @@ class PreparedFolder:
                 self.outputs[place] = Output(**record)
         if outdated := self._find_packed():
             raise FileExistsError(
-                f"the shards of {self.path} hold {counted(len(outdated), 'file')} of another time "
-                f"or with another label, such as {outdated[0]}. Give a new folder; to change "
-                "labels alone, pack these shards again: their manifest.csv with new labels, and "
-                "--copy"
+                f"the shards of {self.path} hold {counted(len(outdated), 'file')} whose "
+                f"content or label has changed, such as {outdated[0]}. Give a new folder; to "
+                "change labels alone, pack these shards again: their manifest.csv with new labels, "
+                "and --copy"
             )
         self.outputs = {
             place: output

@@ -101,7 +101,7 @@ class Files:
         if not self.files:
             raise RecipeError(
                 f"there are no {kind}s ({' '.join(suffixes)}) in {self.folder}. Name the folder of "
-                f"the {kind}s, in which archives are unpacked"
+                f"the {kind}s, with archives unpacked"
             )
         self._by_key: dict[str, list[Path]] = defaultdict(list)
         for file in self.files:
@@ -113,7 +113,7 @@ class Files:
         if len(files) > 1:
             raise RecipeError(
                 f"{clip.place}: there are {len(files)} files for {clip.name}: {files[0]} and "
-                f"{files[1]}. Move the others away, or take those of one kind alone, as with "
+                f"{files[1]}. Move the others away, or select one format, such as "
                 f"--suffix {files[0].suffix}"
             )
         return files[0] if files else None
@@ -214,7 +214,7 @@ def run_recipe(
     add = parser.add_argument
     for name, settings in options.items():
         add(name, **settings)
-    where = "where manifests and labels.txt go, by default beside this script"
+    where = "folder for manifests and labels.txt; default: that of this script"
     add("--output", default=Path(script).resolve().parent, help=where, **FOLDER)
     suffix = {"type": str.lower, "choices": SUFFIXES[kind], "metavar": ".EXT"}
     add("--suffix", help=f"take only {kind}s with this suffix", **suffix)
@@ -270,7 +270,7 @@ def _check_what_is_there(output: Path, classes: str, tables: Mapping[str, Rows])
             is_manifest = there.readline() == f"{','.join(COLUMNS)}\n".encode()
         if path.name in tables and not is_manifest:
             raise RecipeError(
-                f"{path} is no manifest of a data set, and would be overwritten. Move it away, or "
+                f"{path} is no manifest of a data set and would be overwritten. Move it away, or "
                 "name another folder by --output"
             )
         if path.name not in tables and is_manifest and not same:

@@ -44,7 +44,7 @@ def numbered_as(names: Sequence[str] | None, manifest: Manifest) -> Manifest:
     if further := [name for name in own if name not in names]:
         raise ManifestError(
             f"of the class folders beside {manifest.files[0]}, {len(further)} of {len(own)} are no "
-            f"classes of training, first {further[0]!r}; move them out"
+            f"training classes, first {further[0]!r}; move them out"
         )
     number = [names.index(name) for name in own]
     labels = tuple(number[label] for label in manifest.labels)

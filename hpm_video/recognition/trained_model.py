@@ -158,7 +158,7 @@ class TrainedAutoencoder(TrainedModel):
 
     config: PretrainConfig
     instead = (
-        "is of pre-training, and a classifier is needed; train one: "
+        "is from pre-training, but a classifier is needed; train one: "
         "./run_finetune.sh CONFIG init_weights={}"
     )
 
@@ -189,8 +189,7 @@ class TrainedClassifier(TrainedModel):
 
     config: FinetuneConfig
     instead = (
-        "is of a classifier, and one of pre-training is needed; give a checkpoint of "
-        "./run_pretrain.sh"
+        "is a classifier, but a pre-trained model is needed; give a checkpoint of ./run_pretrain.sh"
     )
 
     def make(self) -> ClipClassifier:
@@ -222,7 +221,7 @@ def open_trained(
     """
     if (path / "checkpoints").is_dir():
         path = path / "checkpoints" / "last"
-        log.info("a run was given: its last checkpoint is taken, %s", path)
+        log.info("taking the last checkpoint of the run: %s", path)
     with as_folder(path) as folder:
         config = load_any_config(folder / "config.yaml", overrides)
         kind: Any = TrainedAutoencoder if isinstance(config, PretrainConfig) else TrainedClassifier

@@ -156,7 +156,7 @@ def largest_fitting(sizes: Sequence[int], run_once: Callable[[int], None]) -> in
 
     if not fits(sizes[0]):
         raise ConfigError(
-            f"engine.micro_batch={sizes[0]} does not fit the device, and none smaller is possible; "
+            f"engine.micro_batch={sizes[0]} does not fit on the device, and is the smallest; "
             f"take model.checkpoint_activations=true, smaller clips, or more processes"
         )
     return sizes[bisect_left(sizes, 1, lo=1, key=lambda size: int(not fits(size))) - 1]

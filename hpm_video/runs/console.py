@@ -34,14 +34,14 @@ WRONG_INPUT = 2
 
 
 def exit_codes(
-    done: str = "it is done",
-    wrong_input: str = "a wrong input, or files that do not decode: the message says which",
+    done: str = "success",
+    wrong_input: str = "wrong input, or files that do not decode; the message says which",
     *others: str,
 ) -> str:
     """List the exit codes of a program. ``others``: further lines."""
-    lines = [f"0    {done}", "1    a fault of this program", f"2    {wrong_input}", *others]
-    lines.append("75   a run was stopped by SIGTERM: start the same command again")
-    lines.append("130  stopped by Ctrl-C: start the same command again\n")
+    lines = [f"0    {done}", "1    an internal error", f"2    {wrong_input}", *others]
+    lines.append("75   a run was stopped by SIGTERM: repeat the command to resume it")
+    lines.append("130  stopped by Ctrl-C: repeat the command\n")
     return "\n  ".join(["exit codes:", *lines])
 
 
@@ -62,7 +62,7 @@ def run(command: Callable[[], None]) -> int:
             command()
     except Interrupted as stop:
         if is_first_process():
-            sys.stdout.write(f"\n{stop}; the state is saved. Go on with the same command.\n")
+            sys.stdout.write(f"\n{stop}; the state is saved. Repeat the command to resume.\n")
         return stop.exit_code
     except KeyboardInterrupt:
         sys.stdout.write("\nstopped\n")
@@ -127,7 +127,7 @@ def make_parser(about: str | None, exit_codes: str = EXIT_CODES) -> argparse.Arg
 def add_config(parser: argparse.ArgumentParser, which: str) -> None:
     """Add a config, described by ``which``, and overrides. Read with ``parse_intermixed_args``."""
     parser.add_argument("config", type=Path, metavar="CONFIG", help=which)
-    changes = "changes of the config, such as recipe.epochs=100"
+    changes = "overrides of the config, such as recipe.epochs=100"
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=changes)
 
 
@@ -136,16 +136,16 @@ def parse_training(
 ) -> argparse.Namespace:
     """Read the command line of a program that trains from a config."""
     parser = make_parser(about)
-    add_config(parser, "a config by its name (k400_hpm_b) or file")
+    add_config(parser, "name (k400_hpm_b) or path of a config")
     plan = "print the plan of the batch and the memory that it needs on GPUs, and exit"
     parser.add_argument("--dry-run", action="store_true", help=plan)
     of_dry_run = parser.add_argument_group("with --dry-run")
     add = of_dry_run.add_argument
-    add("--processes", type=positive, default=1, metavar="N", help="of the run: GPUS x NNODES")
-    files = "number of training files (of the main source), if there is no list of them yet"
+    add("--processes", type=positive, default=1, metavar="N", help="GPUS x NNODES (default 1)")
+    files = "number of training files (of the main source), if you have no list of them yet"
     add("--files", type=positive, metavar="N", help=files)
     speed = "clips per second of all processes (tools/bench.py update measures them for one)"
-    add("--clips-per-second", type=above_zero, metavar="N", help=f"{speed}: adds the hours")
+    add("--clips-per-second", type=above_zero, metavar="N", help=f"{speed}: adds hours")
     return parser.parse_intermixed_args(command_line)
 
 
@@ -233,21 +233,21 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
         "help": "auto (default): bf16 on a GPU that is made for it, otherwise fp32",
     },
     "decoder": {"default": "auto", "help": "auto (default): the preferred one of those installed"},
-    "workers": {"type": not_negative, "metavar": "N", "help": "decoding processes (cores - 1)"},
-    "views": {"type": parse_views, "metavar": "CLIPSxCROPS", "help": "of a video, such as 5x3"},
+    "workers": {"type": not_negative, "metavar": "N", "help": "decoding processes"},
+    "views": {"type": parse_views, "metavar": "CLIPSxCROPS", "help": "per video, such as 5x3"},
     "output": {"type": Path},
-    "root": {"type": Path, "help": "where paths in the manifest start; default: its own folder"},
+    "root": {"type": Path, "help": "start of relative paths; default: the manifest's folder"},
     "seconds": {
         "type": above_zero,
         "default": 60.0,
         "metavar": "LIMIT",
-        "help": "give up a file that makes no progress for so long (default 60)",
+        "help": "give up a file after so many seconds without progress (default 60)",
     },
     "memory": {
         "type": above_zero,
         "default": 4.0,
         "metavar": "GIB",
-        "help": "memory limit of a process (default 4)",
+        "help": "memory limit of a decoding process, in GiB (default 4)",
     },
 }
 

@@ -120,7 +120,7 @@ def check_same_run(directory: RunDirectory, config: RunConfig, data: RunData) ->
         raise ConfigError(
             f"{directory.path} holds a run of another config:\n  "
             + "\n  ".join(differences)
-            + "\nTake another output_dir, or the values of before."
+            + "\nTake another output_dir, or the earlier values."
         )
 
 
@@ -143,7 +143,7 @@ def note_weights(
     if before is not None and before != now:
         raise ConfigError(
             f"{directory.path} began with other weights than {key}={given} holds now; take another "
-            f"output_dir, or give the weights of before"
+            f"output_dir, or give the earlier weights"
         )
     return {path.name: f"{now}\n"}
 
@@ -158,7 +158,7 @@ def config_beside(config: AnyConfig) -> AnyConfig | None:
         return None
     source = Path(config.init_weights).expanduser()
     if source.is_file() and source.suffix != ".safetensors":
-        raise CheckpointError(f"{source} is no file of safetensors. {OF_ANOTHER_PROJECT}")
+        raise CheckpointError(f"{source} is not a safetensors file. {OF_ANOTHER_PROJECT}")
     path = (source if source.is_dir() else source.parent) / "config.yaml"
     if not path.is_file():
         return None
@@ -180,9 +180,9 @@ def check_same_model(config: AnyConfig, source: AnyConfig) -> None:
         different += result_differences(theirs, ours, f"model.{name}.")
     if different:
         raise ConfigError(
-            f"the model of init_weights={config.init_weights} is another one (its -> here):\n  "
+            f"the model of init_weights={config.init_weights} differs (its value -> here):\n  "
             + "\n  ".join(different)
-            + "\nTake its values."
+            + "\nTake its values, or other weights."
         )
     was, now = (f"data.mean={one.data.mean} data.std={one.data.std}" for one in (source, config))
     if was != now:

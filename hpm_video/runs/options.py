@@ -29,9 +29,9 @@ def add_model_options(
     add("checkpoint", type=Path, help=f"{checkpoint}, or a run, for its last checkpoint")
     add("--weights", choices=weights, default=default_weights, help=weights_help)
     add("--num-frames", type=positive, metavar="T", help="frames per clip; default: as in training")
-    stride = "from one frame of a clip to the next; default: as in training"
+    stride = "frames of the video from one frame of a clip to the next; default: as in training"
     add("--frame-stride", type=positive, metavar="FRAMES", help=stride)
-    size = "size of a clip, in pixels; default: as in training"
+    size = "height and width of a clip in pixels; default: as in training"
     add("--frame-size", type=positive, nargs=2, metavar=("H", "W"), help=size)
     add_options(parser, "device", "precision", "decoder", "workers")
 

@@ -63,7 +63,7 @@ def run(task: Task, processes: Processes = Processes()) -> Path:  # noqa: B008 -
             claim(directory, task.config, notes)
         processes.wait()
         if is_complete:
-            log.info("%s is complete: %d updates were made", directory.path, directory.update)
+            log.info("%s is complete, with %d updates", directory.path, directory.update)
         else:
             train(task, clips, directory, plan, engine, objective, evaluation)
         if processes.is_first:
@@ -84,7 +84,7 @@ def choose_device_of(task: Task, directory: RunDirectory, processes: Processes) 
     if any(each != seen[0] for each in seen):
         names = sorted({str(each.newest and each.newest.name) for each in seen})
         raise ConfigError(
-            f"the processes do not see the same in {directory.path} (newest checkpoints: "
+            f"the processes see different files in {directory.path} (newest checkpoints: "
             f"{', '.join(names)}); output_dir must be a folder that all machines share"
         )
     return device
@@ -108,7 +108,7 @@ def train(
     log.info("\n".join(describe_training(config, data, plan, model)))
     facts = gather_facts(engine.device, engine.precision, engine.name, plan)
     if start:
-        log.info("going on at update %d of %d", start, updates)
+        log.info("resuming at update %d of %d", start, updates)
     if directory.newest is not None:
         engine.load_optimizer_state(read_optimizer(directory.newest, config.model.patch_size))
     if processes.is_first:

@@ -25,7 +25,7 @@ class TokenGrid:
     def of_clip(cls, clip_size: Size3, patch_size: Size3) -> "TokenGrid":
         """The grid of a clip of ``clip_size`` frames and pixels cut into whole patches.
 
-        ValueError: ``patch_size`` does not divide ``clip_size``.
+        Raises ValueError if ``patch_size`` does not divide ``clip_size``.
         """
         axes = ("frames", "height", "width")
         for axis, size, patch in zip(axes, clip_size, patch_size, strict=True):
@@ -43,7 +43,7 @@ class TokenGrid:
 
     @property
     def shape(self) -> Size3:
-        """(T', H', W')"""
+        """The sizes (T', H', W')."""
         return self.time, self.height, self.width
 
     @property

@@ -31,7 +31,7 @@ def grid_of_units(grid: TokenGrid, unit: MaskUnit) -> TokenGrid:
     """The lattice of the mask units of a clip.
 
     Raises:
-        ValueError: they do not divide the grid.
+        ValueError: the size of a unit does not divide the grid.
     """
     return TokenGrid.of_clip(grid.shape, UNITS[unit](grid))
 
@@ -98,7 +98,7 @@ class MaskRule:
         return int(self.num_masked * self.strategy.fraction(epoch, epochs))
 
     def draw(self, difficulty: Tensor | None, priority: Tensor, num_picked: int) -> "TokenMask":
-        """(B, N) difficulty or none, (B, U) uniform draws -> a mask of the same clips
+        """Draw masks: (B, N) difficulty or none, (B, U) uniform draws -> a mask of these clips
 
         Raises:
             ValueError: ``num_picked`` is not 0 and there is no difficulty to pick by.
@@ -119,11 +119,11 @@ class TokenMask:
     visible_ids: Tensor
     """(B, V) positions of the visible tokens, ascending."""
     masked_ids: Tensor
-    """(B, M) positions of the hidden tokens, or where it is thinned of some of them, ascending."""
+    """(B, M) positions of the hidden tokens (of some, if it is thinned), ascending."""
 
     @classmethod
     def from_masked(cls, masked: Tensor, num_masked: int) -> "TokenMask":
-        """(B, N) bool with exactly ``num_masked`` True per row. Copies nothing to the host."""
+        """Take (B, N) bool, ``num_masked`` True per row. Nothing is copied to the host."""
         order = masked.byte().argsort(dim=1, stable=True)
         num_visible = masked.shape[1] - num_masked
         return cls(masked, visible_ids=order[:, :num_visible], masked_ids=order[:, num_visible:])
@@ -131,18 +131,18 @@ class TokenMask:
     def thinned(self, priority: Tensor, count: int) -> "TokenMask":
         """Predict only ``count`` of the hidden tokens, those of the highest ``priority``.
 
-        (B, N) uniform draws, so that each token and each pair of tokens has the same chance.
+        ``priority``: (B, N) uniform draws, so that each token and each pair has the same chance.
         """
         order = priority.gather(1, self.masked_ids).argsort(dim=1, descending=True, stable=True)
         kept = order[:, :count].sort(dim=1).values
         return replace(self, masked_ids=self.masked_ids.gather(1, kept))
 
     def take_visible(self, tokens: Tensor) -> Tensor:
-        """(B, N, D) -> (B, V, D)"""
+        """Take the visible tokens: (B, N, D) -> (B, V, D)"""
         return _take(tokens, self.visible_ids)
 
     def take_masked(self, tokens: Tensor) -> Tensor:
-        """(B, N, D) -> (B, M, D)"""
+        """Take the hidden tokens: (B, N, D) -> (B, M, D)"""
         return _take(tokens, self.masked_ids)
 
     def merge(self, visible: Tensor, hidden: Tensor) -> Tensor:
@@ -192,8 +192,8 @@ def choose_masked(
     the host. A stable sort decides ties of the draws alike on every device.
 
     Raises:
-        ValueError: the counts do not fit, or ``num_hardest`` is not 0 and nothing says what is
-            hard.
+        ValueError: the counts do not fit, or ``num_hardest`` is not 0 and there is no
+            difficulty.
     """
     num_units = priority.shape[1]
     if not 0 <= num_hardest <= num_masked <= num_units:

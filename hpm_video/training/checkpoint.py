@@ -57,7 +57,7 @@ def save_checkpoint(
         broken = [key for key, value in values.items() if not value.isfinite().all()]
         if broken:
             raise CheckpointError(
-                f"{name} has weights that are not finite, {broken[0]} for one; it is not saved"
+                f"{name} has weights that are not finite, such as {broken[0]}; it is not saved"
             )
     writing = folder.parent / f"{UNFINISHED}{folder.name}"
     shutil.rmtree(writing, ignore_errors=True)
@@ -127,7 +127,7 @@ def point_to(link: Path, target: Path) -> None:
     """Make ``link`` a symbolic link to its neighbour ``target``, at once."""
     if link.exists() and not link.is_symlink():
         raise CheckpointError(
-            f"{link} must be a link to a checkpoint, and is a copy of one; delete it to go on"
+            f"{link} must be a link to a checkpoint, but is a copy of one; delete it to resume"
         )
     fresh = link.with_name(f"{UNFINISHED}{link.name}")
     fresh.unlink(missing_ok=True)
@@ -160,7 +160,7 @@ def _damaged(file: Path, reason: str) -> CheckpointError:
     folder = file.parent.resolve()
     return CheckpointError(
         f"{folder} is not a complete checkpoint: {file.name} {reason}. Copy the folder again if "
-        f"it is a copy, or delete it to let its run go on from the checkpoint before"
+        f"it is a copy, or delete it to resume its run from the checkpoint before"
     )
 
 

@@ -144,7 +144,7 @@ def joined_processes() -> Iterator[Processes]:
     """
     gpus, stop = torch.cuda.device_count(), None
     if gpus > 1 and not is_one_of_several() and "GPUS" not in os.environ:
-        log.info("%d GPUs are here and one is used; GPUS=%d ./run_... uses all", gpus, gpus)
+        log.info("of %d GPUs, one is used; GPUS=%d ./run_... uses all", gpus, gpus)
     try:
         yield _join() if is_one_of_several() else Processes()
     except Interrupted as error:  # all of them are
@@ -177,7 +177,7 @@ def _join() -> Processes:
         where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise EngineError(
             f"this process could not join the others at {where} (MASTER_ADDR, MASTER_PORT): "
-            f"{error}\nThe port must be free there, and reached from all machines; "
+            f"{error}\nThe port must be free there, and reachable from all machines; "
             f"GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network interface."
         ) from error
     return Processes(distributed.get_rank(), distributed.get_world_size(), hosts)

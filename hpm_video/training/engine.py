@@ -19,7 +19,7 @@ from hpm_video.training.optim import OptimizerState, Tensors, put_state, state_o
 
 @dataclass(eq=False)
 class Runner:
-    """A model that this process has all weights of, for its forward pass."""
+    """Runs the forward pass of a model whose weights this process has in full."""
 
     model: nn.Module
     device: torch.device
@@ -57,9 +57,9 @@ class Engine(Runner, ABC):
     compiled: CompileMode = "off"
     """What of the model was compiled before it was wrapped."""
     optimizer: Any
-    """A ``torch.optim.Optimizer``, or what stands for one, of which the loop sets the ``lr``."""
+    """A ``torch.optim.Optimizer`` or a stand-in for one; the loop sets its ``lr``."""
     gradient_norm: Tensor
-    """() of the last update, before it was clipped."""
+    """() norm of the gradient of the last update, before it was clipped."""
 
     def __init__(
         self,

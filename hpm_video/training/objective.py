@@ -16,9 +16,9 @@ class Losses(NamedTuple):
     """The loss of one batch."""
 
     total: Tensor
-    """() what training minimises."""
+    """() the value that training minimises."""
     parts: dict[str, Tensor]
-    """What it is made of, by name: () each, for the log."""
+    """Its parts by name, () each, for the log."""
 
 
 class Objective(Protocol):

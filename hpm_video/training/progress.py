@@ -35,7 +35,7 @@ class Timeline:
     def __post_init__(self) -> None:
         if self.num_updates == 0:
             raise ValueError(
-                f"{self.epochs} epochs of {self.num_videos} videos do not fill one batch of "
+                f"{self.epochs} epochs of {self.num_videos} videos are less than one batch of "
                 f"{self.batch_size}; take a smaller recipe.batch_size or more epochs"
             )
 

@@ -51,7 +51,7 @@ def record_start(run_dir: Path, facts: Facts, first_update: int, before: Facts) 
     for name, now in facts.items() if before else ():
         then = before.get(name)
         if name not in CHANGE_NO_BIT and then != now:
-            what = "the last bits may differ from an unbroken run's"
+            what = "the last bits may differ from an uninterrupted run's"
             log.warning("%s: %s: %s -> %s", what, name, then, now)
     with (run_dir / "starts.jsonl").open("a") as file:
         file.write(json.dumps({"first_update": first_update, **facts}) + "\n")

@@ -30,7 +30,7 @@ class Tracker(Protocol):
     """Where a run writes its metrics. After an error it gets nothing more.
 
     An entry of ``TRACKERS`` makes it of the run's directory, which has its config.yaml, and of the
-    number of updates made so far: what it holds beyond them is of an interrupted run.
+    number of updates made so far: what it holds beyond them comes from an interrupted run.
     """
 
     def write(self, kind: str, update: int, values: Mapping[str, float]) -> None:

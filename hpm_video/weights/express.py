@@ -16,7 +16,7 @@ from hpm_video.weights.families import SCORE, TABLES
 from hpm_video.weights.files import Tensors
 
 To = Literal["transformers", "timm", "mae", "videomae", "hpm", "onnx", "file"]
-NO_KEY_BIAS = "in part: a bias on keys, which this has not; the softmax ignores it"
+NO_KEY_BIAS = "in part: a bias on keys, which our model lacks; the softmax ignores it"
 OFFICIAL: dict[str, tuple[tuple[str, str], ...]] = {
     "videomae": ((r"^reconstructor\.", "decoder."), (r"^decoder_embed\.", "encoder_to_decoder.")),
     "mae": (

@@ -104,7 +104,7 @@ def read_facts(source: Source, given: Overrides) -> dict[str, Any]:
     if not isinstance(eps, float) or not 0 < eps <= 1e-5:
         wrong["layer_norm_eps"] = eps
     if wrong:
-        raise CheckpointError(f"its config.json has values that no model here can have: {wrong}")
+        raise CheckpointError(f"its config.json has values that no model here supports: {wrong}")
     facts: dict[str, Any] = {"pool": every.get("global_pool")}
     values = source.arguments | pretrained | more | every
     for fact, names in FACTS.items():

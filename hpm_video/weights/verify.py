@@ -88,8 +88,8 @@ class ParityReport:
         if not report.holds:
             lines = "\n  ".join(report.lines())
             raise CheckpointError(
-                f"it computes something else than our model:\n  {lines}\nmore than "
-                f"{tolerance:g} of the largest value is too much"
+                f"its output differs from our model's:\n  {lines}\nthe tolerance is "
+                f"{tolerance:g} of the largest value"
             )
         return report
 

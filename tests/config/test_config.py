@@ -210,8 +210,8 @@ def test_misspelt_key_is_an_error_that_knows_better():
         ("mining.decoded_share=0", r"mining.decoded_share must lie in \(0, 1\], got 0"),
         ("mix.images.weight=0", "weight must be positive and finite, got 0"),
         ("mix.images.weight=.inf", "weight must be positive and finite, got inf"),
-        ("mix.images.data.workers=3", "mix.images.data.workers plays no part"),
-        ("mix.images.data.max_bad_share=0.5", "mix.images.data.max_bad_share plays no part"),
+        ("mix.images.data.workers=3", "mix.images.data.workers has no effect"),
+        ("mix.images.data.max_bad_share=0.5", "mix.images.data.max_bad_share has no effect"),
         ("mix=[1]", "cannot use"),
         (
             "mix.images.data.validation_short_side=8",
@@ -495,7 +495,7 @@ def test_fine_tuning_on_images_sees_them_as_the_official_one_does(name):
         (["data.crop=random_resized"], "crop"),
         (["model.head_dropout=1"], r"model.head_dropout must lie in \[0, 1\), got 1"),
         (["model.drop_path=-0.1"], r"model.drop_path must lie in \[0, 1\), got -0.1"),
-        (["model.encoder={dim: 30, depth: 1, num_heads: 3}"], "widths that 4 divides, got 30"),
+        (["model.encoder={dim: 30, depth: 1, num_heads: 3}"], "widths divisible by 4, got 30"),
         (["model.channels=4"], "a value for each of the 4 channels"),
         (
             [
@@ -508,7 +508,7 @@ def test_fine_tuning_on_images_sees_them_as_the_official_one_does(name):
         ),
         (
             ["model.pooling=batch_norm", "engine.micro_batch=1"],
-            "must be one of 2, .* pairs .*batch norm.*, got 1",
+            "must be one of 2, .* even .*batch norm.*, got 1",
         ),
         # the recipe
         (["recipe.layer_decay=0"], r"layer_decay must lie in \(0, 1\], got 0"),
@@ -534,7 +534,7 @@ def test_fine_tuning_on_images_sees_them_as_the_official_one_does(name):
         (["augmentation.rand_augment=strong"], "rand_augment must be timm's string.*got strong"),
         (
             ["augmentation.mixup=0.8", "engine.micro_batch=1"],
-            r"must be one of 2, .* pairs \(for mixup, CutMix .*got 1",
+            r"must be one of 2, .* even micro-batch \(for mixup, CutMix .*got 1",
         ),
         (
             ["augmentation.cutmix=1", "recipe.batch_size=9", "data.repeats=2"],
@@ -637,7 +637,7 @@ def test_how_a_classifier_is_tested_changes_no_result_of_training():
 
 def test_a_value_that_is_left_to_the_user_must_be_given():
     path = FINETUNE_DEMO.with_name("k400_b.yaml")
-    with pytest.raises(ConfigError, match="leaves init_weights to you: give init_weights=VALUE"):
+    with pytest.raises(ConfigError, match="has no init_weights; give init_weights=VALUE"):
         load_config(FinetuneConfig, path, [])
     assert load_config(FinetuneConfig, path, ["init_weights=X"]).init_weights == "X"
     assert load_config(FinetuneConfig, path, ["init_weights=null"]).init_weights is None

@@ -271,7 +271,7 @@ def test_a_longer_row_of_bad_files_than_may_fail_in_all_is_an_error():
         if len(failures) <= 2:
             assert clips[position].failures == failures
         else:
-            with pytest.raises(TooManyBadFiles, match=r"(?s)3 of 5 .*max_bad_share 0\.4 allows 2"):
+            with pytest.raises(TooManyBadFiles, match=r"(?s)3 of 5 .*max_bad_share=0\.4 allows 2"):
                 clips[position]
 
 

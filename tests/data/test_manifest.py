@@ -155,9 +155,9 @@ def test_absolute_paths_lie_in_a_root_that_is_given(tmp_path, path):
     path = path.format(root=tmp_path, name=tmp_path.name)
     text = f"path\n{path}\n"
     assert listed(tmp_path, text).files == (path,)
-    with pytest.raises(ManifestError, match="line 2: the path lies outside of the root that was"):
+    with pytest.raises(ManifestError, match="line 2: the path lies outside the given root"):
         listed(tmp_path, text, root=tmp_path)
-    with pytest.raises(ManifestError, match="line 1: the path lies outside of the root that was"):
+    with pytest.raises(ManifestError, match="line 1: the path lies outside the given root"):
         listed(tmp_path, "/other/f.mp4 1\n", root=tmp_path)
     inside = ("a.mp4", f"{tmp_path}/b.mp4", f"{tmp_path}/c/../d/", f"{tmp_path}/s.tar::a@512+9")
     files = listed(tmp_path, "path\n" + "\n".join(inside) + "\n", root=tmp_path).files
@@ -190,7 +190,7 @@ def test_bad_files_are_left_out_and_counted(tmp_path, caplog):
         ("run", "walk", "jump"),
     )
     assert caplog.messages == [
-        f"1 of 4 files of {tmp_path}/list.csv are left out: its column verdict says bad"
+        f"1 of 4 files of {tmp_path}/list.csv are left out, since their verdict is bad"
     ]
     listing = read_listing(tmp_path / "list.csv")
     assert len(listing) == 4
@@ -201,7 +201,7 @@ def test_bad_files_are_left_out_and_counted(tmp_path, caplog):
 def test_verdicts_that_cannot_be_used(tmp_path):
     with pytest.raises(ManifestError, match=r"line 3: verdict must be one of fine, suspicious, ba"):
         listed(tmp_path, "path,verdict\na,fine\nb,Bad\n")
-    with pytest.raises(ManifestError, match=r"all 2 files of .*list\.csv are bad.*check_videos"):
+    with pytest.raises(ManifestError, match=r"all 2 files of .*list\.csv have .*check_videos"):
         listed(tmp_path, "path,verdict\na,bad\nb,bad\n")
 
 
@@ -253,10 +253,10 @@ def test_a_folder_as_a_listing(tmp_path):
         ("path,label\na,0\n ,1\n", 3, "the path is empty"),
         ("path,label,path\na,0,b\n", 1, "a column appears more than once"),
         ("path,label,label_name\na,0,run\nb,0,walk\n", 3, "another label_name"),
-        ("a.mp4 1\nb.mp4 one\n", 2, "need the path of a video or an image and then whole numbers"),
+        ("a.mp4 1\nb.mp4 one\n", 2, "need the path of a video or an image, then whole numbers"),
         ("a.mp4 1\nframes/b 30 1\n", 2, "folders of frames are not read"),
-        ("clip,label\na.mp4,1\n", 1, "a first line that names columns, of which one is path"),
-        ("video,file,label\na.mp4,b.mp4,1\n", 1, "columns, of which one is path"),
+        ("clip,label\na.mp4,1\n", 1, "a first line that names the columns, one of them path"),
+        ("video,file,label\na.mp4,b.mp4,1\n", 1, "the columns, one of them path"),
         ("a.mp4 1\nb.mp4 0 -1\n", 2, "need 2 columns as in the lines before"),
         ("a.mp4 0 300\n", 1, "cannot tell what these numbers mean"),
         ("a.mp4 5 -1\n", 1, "cannot tell what these numbers mean"),
@@ -270,7 +270,7 @@ def test_a_malformed_row_names_the_line_the_row_and_the_remedy(tmp_path, text, l
     assert message.startswith(f"{tmp_path}/list.csv, line {line}: ")
     assert reason in message
     assert repr(text.split("\n")[line - 1]) in message
-    assert "Expected is a CSV file whose first line names its columns" in message
+    assert "Expected: a CSV file whose first line names its columns" in message
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "path,label\n"])

@@ -298,7 +298,7 @@ def test_files_that_name_others_are_refused(list_files, monkeypatch):
         assert sum(1 for _ in container.decode(video=0)) == 5
     for path in list_files.values():
         for decoder in DECODERS:
-            with pytest.raises(DecodeError, match="it is no video"):
+            with pytest.raises(DecodeError, match="its container is none of those"):
                 open_video(str(path), decoder)
     with pytest.raises(DecodeError, match="there is no such file"):
         open_video(f"concat:{list_files['concat.mp4'].parent / 'real.mp4'}", "pyav")

@@ -321,7 +321,7 @@ def test_space_time_positions_add_a_code_of_time_that_begins_at_zero():
     steps = video.view(4, 15, 16) - image
     torch.testing.assert_close(steps, steps[:, :1].expand(4, 15, 16))  # the same at every position
     assert steps[1:].abs().amax(dim=-1).min() > 0.5
-    with pytest.raises(ValueError, match="a width that 4 divides, got 6"):
+    with pytest.raises(ValueError, match="a width divisible by 4, got 6"):
         position_table(TokenGrid(1, 2, 2), 6, "space_time")
 
 

@@ -157,7 +157,7 @@ EXPECTED = {
     "sixty.mkv": ("fine", 30, ""),
     "counted.avi": ("fine", 30, ""),
     "one.ts": ("fine", 24, ""),
-    "sizes.ts": ("suspicious", 24, "of another size than those before: 64 x 48, then 64 x 24"),
+    "sizes.ts": ("suspicious", 24, "differs in size from those before: 64 x 48, then 64 x 24"),
     "front.mp4": ("fine", 60, ""),
     "cut.mp4": ("suspicious", None, "its header promises 60 frames in 2.4 s, and it holds "),
     "cut early.mp4": ("bad", None, " frames can be read (frame "),
@@ -165,7 +165,7 @@ EXPECTED = {
     "turned.mp4": ("fine", 40, ""),
     "empty.mp4": ("bad", None, "the file is empty"),
     "text.mp4": ("bad", None, "Invalid data found"),
-    "list.mp4": ("bad", None, "it is no video of a container that is read"),
+    "list.mp4": ("bad", None, "its container is none of those supported"),
     "sound.mp4": ("bad", None, "it has no video stream"),
     "missing.mp4": ("bad", None, "there is no such file"),
     "frames/": ("fine", 20, ""),
@@ -517,7 +517,7 @@ def test_nothing_but_known_containers_is_opened(tmp_path):
         lambda: VideoStream(path),
         lambda: open_video(path, "pyav"),
     ):
-        with pytest.raises(DecodeError, match="it is no video of a container that is read"):
+        with pytest.raises(DecodeError, match="its container is none of those supported"):
             opened()
 
 

@@ -719,7 +719,7 @@ def test_shards_of_which_something_changed_are_refused(start, tmp_path, capsys, 
     written = contents(output)
     (tmp_path / "list.csv").write_text(again)
     start(*arguments, code=2)
-    assert f"or with another label, such as {source}. " in capsys.readouterr().err
+    assert f"content or label has changed, such as {source}. " in capsys.readouterr().err
     # This is what the message advises.
     manifest = output / "manifest.csv"
     (output / "new.csv").write_text(manifest.read_text().replace(",0,,20", ",7,,20"))
@@ -734,7 +734,7 @@ def test_shards_of_which_something_changed_are_refused(start, tmp_path, capsys, 
     start(*arguments)
     later(source)
     start(*arguments, code=2)
-    assert "hold 1 file of another time" in capsys.readouterr().err
+    assert "hold 1 file whose content or label" in capsys.readouterr().err
     source.unlink()  # its outputs stay
     start(*arguments)
     assert "0 of them new" in capsys.readouterr().out
@@ -1005,7 +1005,7 @@ def test_a_full_disk_ends_the_run(tmp_path, monkeypatch, form):
     monkeypatch.setattr(jobs, "Pool", lambda *_, **__: contextlib.nullcontext(pool))
     with folder_of(tmp_path, ["a.mp4"]) as folder:
         folder.claim()
-        with pytest.raises(OSError, match="No space left on device. What is done stays"):
+        with pytest.raises(OSError, match="No space left on device. What is done is kept"):
             folder.make(1, Limits())
 
 

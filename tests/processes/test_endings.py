@@ -165,7 +165,7 @@ def test_stopped_then_one_killed_then_gone_on(start, start_job, small_configs, u
     victim = process_of(killed, 1)
     os.kill(victim, signal.SIGKILL)
     output = finish(killed, code=1)
-    assert f"going on at update {at} of " in output
+    assert f"resuming at update {at} of " in output
     assert f"error: rank 1 of 2 (pid {victim} on " in output
     assert "was killed by SIGKILL" in output
     assert "Start the same command again" in output

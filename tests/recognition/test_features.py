@@ -562,7 +562,7 @@ def test_other_settings_are_refused_with_what_differs(
     for differences, command in wrong.items():
         assert main(*command) == 2
         error = capsys.readouterr().err
-        assert "holds features of other settings:\n" in error
+        assert "holds features made with other settings:\n" in error
         assert all(f"\n  {difference}" in error for difference in differences)
     assert contents(output) == before
     moved = tmp_path / "moved"
@@ -574,7 +574,7 @@ def test_a_folder_of_something_else_is_left_alone(main, pretrained, source, tmp_
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "index.csv").write_text("mine")
     assert main(pretrained, source, tmp_path / "thesis") == 2
-    assert "is not empty, and no folder of features" in capsys.readouterr().err
+    assert "is not empty, and holds no features" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["index.csv"]
 
 

@@ -79,7 +79,7 @@ def test_class_folders_are_numbered_as_those_of_training(tmp_path):
     train, validation = (read_manifest(tmp_path / name) for name in ("train", "val"))
     numbered = numbered_as(train.label_names, validation)
     assert (numbered.labels, numbered.label_names) == ((2,), ("jump", "run", "walk"))
-    with pytest.raises(ManifestError, match="2 of 3 are no classes of training, first 'jump'"):
+    with pytest.raises(ManifestError, match="2 of 3 are no training classes, first 'jump'"):
         numbered_as(validation.label_names, train)
     (tmp_path / "list.csv").write_text("path,label,label_name\nd.mp4,0,walk\n")
     listed = read_manifest(tmp_path / "list.csv")

@@ -246,7 +246,7 @@ def test_a_checkpoint_of_pretraining_is_refused_with_the_remedy(main, validation
     )
     assert main(checkpoint, validation[0]) == 2
     error = capsys.readouterr().err
-    assert "is of pre-training, and a classifier is needed" in error
+    assert "is from pre-training, but a classifier is needed" in error
     assert f"./run_finetune.sh CONFIG init_weights={checkpoint}" in error
 
 

@@ -336,7 +336,7 @@ def test_of_a_run_the_last_checkpoint_is_taken(checkpoint, tmp_path, caplog):
     last.symlink_to(checkpoint)
     with caplog.at_level(logging.INFO):
         assert open_trained(tmp_path / "run", TrainedClassifier).path == last
-    assert f"its last checkpoint is taken, {last}" in caplog.text
+    assert f"the last checkpoint of the run: {last}" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -375,7 +375,7 @@ def test_a_checkpoint_of_something_else_is_named(checkpoint, tmp_path):
     (tmp_path / "labels.txt").write_text("one\ntwo\n")
     with pytest.raises(CheckpointError, match=r"head.weight has shape \(3, 16\).* \(2, 16\)"):
         load(tmp_path)
-    with pytest.raises(CheckpointError, match="is of a classifier, and one of pre-training is"):
+    with pytest.raises(CheckpointError, match="is a classifier, but a pre-trained model is"):
         open_trained(checkpoint, TrainedAutoencoder)
 
 
@@ -431,5 +431,5 @@ def test_a_config_takes_no_more_memory_than_its_weights(checkpoint, tmp_path, ol
     assert old in text
     (folder / "config.yaml").write_text(text.replace(old, new, 1))
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    with pytest.raises(CheckpointError, match=rf"weights of {size:,} bytes, and its {key}"):
+    with pytest.raises(CheckpointError, match=rf"weights of {size:,} bytes, but {key}"):
         open_trained(folder, TrainedClassifier)

@@ -133,7 +133,7 @@ def test_the_best_is_the_highest_accuracy(finetuned_run):
 def test_a_second_start_neither_trains_nor_tests_again(finetuned_run, finetune):
     before = (folder_tested(finetuned_run) / "result.json").stat().st_mtime_ns
     output = finish(finetune(finetuned_run))
-    assert "is complete: 30 updates were made" in output
+    assert "is complete, with 30 updates" in output
     assert "testing the" not in output
     assert "top-1 " in output
     assert (folder_tested(finetuned_run) / "result.json").stat().st_mtime_ns == before
@@ -170,7 +170,7 @@ def test_other_classes_or_another_config_are_refused(finetuned_run, start, tmp_p
 
 def test_an_encoder_of_another_size_is_refused_before_anything_is_written(start, tmp_path):
     run = tmp_path / "run"
-    with pytest.raises(ConfigError, match=r"is another one \(its -> here\)") as refusal:
+    with pytest.raises(ConfigError, match=r"differs \(its value -> here\)") as refusal:
         start(run, "model.encoder.dim=32", "model.patch_size=[1,8,8]")
     assert "  model.encoder.dim: 16 -> 32\n" in str(refusal.value)
     assert "  model.patch_size: (2, 8, 8) -> (1, 8, 8)\n" in str(refusal.value)
@@ -357,7 +357,7 @@ def test_a_comparison_of_starts(finetune_config, run_tool, tmp_path):
     assert text.count("start from weights of") == 2
     assert text.count("the model starts from scratch") == 2
     again = run_tool(*arguments, "--output", output)[1]
-    assert again.count("is complete: 3 updates were made") == 4
+    assert again.count("is complete, with 3 updates") == 4
     assert again[again.index("top-1 of each seed") :] == text[text.index("top-1 of each seed") :]
 
 
@@ -370,7 +370,7 @@ def test_a_run_goes_on_where_its_first_weights_are_gone(
     finish(finetune(run, *options, place="update", number="SIGTERM"), code=75)
     shutil.rmtree(source)
     output = finish(finetune(run, *options))
-    assert "going on at update" in output
+    assert "resuming at update" in output
     stored = (run / "checkpoints" / "last" / "config.yaml").read_text()
     assert "pretrained_grid:\n  - 2\n  - 4\n  - 4\n" in stored
 

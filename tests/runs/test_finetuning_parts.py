@@ -280,8 +280,8 @@ def test_an_encoder_of_another_shape_is_refused_with_what_differs(
     with pytest.raises(ConfigError, match=words) as caught:
         resolve(config, 7)
     message = str(caught.value)
-    assert f"init_weights={pretrained} is another one" in message
-    assert message.endswith("Take its values.")
+    assert f"init_weights={pretrained} differs" in message
+    assert message.endswith("Take its values, or other weights.")
     assert message.count(" -> ") == 2  # in the heading and for one field
 
 

@@ -280,7 +280,7 @@ def test_a_mixed_run_that_was_killed_ends_with_the_same_bits(pretrain, mix, mixe
     run = tmp_path / "run"
     blind = [*mix, "data.validation=null", "mix.images.data.validation=null"]
     finish(pretrain(run, *blind, place="update"), code=-signal.SIGKILL)
-    assert "going on at update 5" in finish(pretrain(run, *blind, "data.workers=1"))
+    assert "resuming at update 5" in finish(pretrain(run, *blind, "data.workers=1"))
     for name in ("model", "teacher"):
         ours, theirs = (
             load_file(folder / "checkpoints" / "last" / f"{name}.safetensors")

@@ -122,7 +122,7 @@ def test_killed_and_started_again_ends_with_the_same_bits(
     finish(process, code=-signal.SIGKILL)
     assert read_state(checkpoints_in(run / "checkpoints")[-1])["update"] == at
     output = finish(pretrain(run, f"data.workers={workers}", BLIND))
-    assert f"going on at update {at} of 28" in output
+    assert f"resuming at update {at} of 28" in output
     assert "may differ" not in output
     assert [line["update"] for line in lines_of(run, "train")] == list(range(1, 29))
     assert_same_state(run, finished_run)

@@ -156,7 +156,7 @@ def test_damaged_files_of_a_run_are_named_with_a_remedy_for_this_run(
     with pytest.raises(CheckpointError) as error:
         start(run)
     assert f"{before} is not a complete checkpoint: {file}.safetensors" in str(error.value)
-    assert "delete it to let its run go on from the checkpoint before" in str(error.value)
+    assert "delete it to resume its run from the checkpoint before" in str(error.value)
     assert "another project" not in str(error.value)
 
 

@@ -268,7 +268,7 @@ def test_a_killed_process_is_named_and_ends_the_job(tmp_path, started, number):
     assert f"error: {who} was killed by {signal.Signals(number).name}" in err
     assert ("out-of-memory killer" in err) == (number == signal.SIGKILL)
     assert err.count("error:") == 1
-    assert "Start the same command again: it goes on from the last checkpoint" in err
+    assert "Start the same command again: it resumes from the last checkpoint" in err
     wait_for_end(int(wait_for(tmp_path / "pid2")))
 
 

@@ -97,7 +97,7 @@ def test_newest_marked_and_best_survive(tmp_path, config):
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, config):
     module = nn.Linear(3, 2)
     nn.init.constant_(module.bias, float("nan"))
-    with pytest.raises(CheckpointError, match="not finite, bias"):
+    with pytest.raises(CheckpointError, match="not finite, such as bias"):
         save(tmp_path, 1, config, module)
     assert checkpoints_in(tmp_path) == []
 

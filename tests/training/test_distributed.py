@@ -69,7 +69,7 @@ def test_a_process_that_leaves_gpus_idle_says_so_unless_it_is_wanted(
         monkeypatch.setenv("GPUS", gpus)
     with caplog.at_level("INFO"), joined_processes() as processes:
         assert processes.count == 1
-    assert caplog.messages == ["4 GPUs are here and one is used; GPUS=4 ./run_... uses all"] * hints
+    assert caplog.messages == ["of 4 GPUs, one is used; GPUS=4 ./run_... uses all"] * hints
 
 
 def test_more_processes_than_gpus_are_refused(four_gpus, monkeypatch):

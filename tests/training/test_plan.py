@@ -63,7 +63,7 @@ def test_what_a_refusal_says_to_take_is_taken(batch, processes, micro, multiple)
     if found := re.search(r"take recipe.batch_size=(\d+)", message):
         plan_batches(int(found[1]), processes, None, multiple=multiple)
     else:
-        micros = re.search(r"must be one of ([\d, ]+) where", message)[1].split(", ")
+        micros = re.search(r"must be one of ([\d, ]+) with", message)[1].split(", ")
         for value in micros:
             plan_batches(batch, processes, int(value), multiple=multiple)
 
@@ -80,16 +80,16 @@ def test_what_a_refusal_says_to_take_is_taken(batch, processes, micro, multiple)
         (
             (24, 8, None),
             2,
-            "a multiple of 16 for processes=8 (GPUS x NNODES) and passes of pairs (for mixup, "
+            "a multiple of 16 for processes=8 (GPUS x NNODES) and an even micro-batch (for mixup, "
             "CutMix or a batch norm), got 24; take recipe.batch_size=32,",
         ),
         (
             (1024, 8, 48),
             1,
-            "must be one of 1, 2, 4, 8, 16, 32, 64, 128 where recipe.batch_size=1024 spreads over "
+            "must be one of 1, 2, 4, 8, 16, 32, 64, 128 with recipe.batch_size=1024 and "
             "processes=8, got 48",
         ),
-        ((12, 1, 3), 2, "must be one of 2, 4, 6, 12 where"),
+        ((12, 1, 3), 2, "must be one of 2, 4, 6, 12 with"),
         ((12, 1, 0), 1, "got 0"),
     ],
 )

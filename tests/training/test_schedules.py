@@ -98,7 +98,7 @@ def test_vectors_do_not_decay():
 )
 def test_timeline_counts_videos(videos, batch, epochs, every):
     if videos * epochs < batch:
-        with pytest.raises(ValueError, match=f"do not fill one batch of {batch}"):
+        with pytest.raises(ValueError, match=f"are less than one batch of {batch}"):
             Timeline(videos, batch, epochs)
         return
     timeline = Timeline(videos, batch, epochs)

@@ -415,7 +415,7 @@ REFUSED = {
         "videomae",
         "sequence alone",
     ),
-    "other clips": ("clips", ("model.pretrained_grid=[2,8,8]",), True, "transformers", "something"),
+    "other clips": ("clips", ("model.pretrained_grid=[2,8,8]",), True, "transformers", "differs"),
     "a bias": ("clips", ("model.conventions=mae",), False, "videomae", "left over encoder_to_d"),
     "no bias": ("images", ("model.conventions=videomae",), False, "mae", "missing decoder_embed"),
     "no class token": ("images", ("model.class_token=false",), False, "mae", "none of"),
@@ -513,7 +513,7 @@ def test_a_difference_above_the_tolerance_fails_and_leaves_nothing(
 
     monkeypatch.setattr("hpm_video.weights.exporting.express.express", express_wrongly)
     with pytest.raises(
-        CheckpointError, match="(?s)something else than our model:.*largest difference.*too much"
+        CheckpointError, match="(?s)output differs from our.*largest difference.*the tolerance"
     ):
         export(own, tmp_path / f"out{ENDINGS[to]}", to)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
