@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from functools import cache
 
 from hpm_video.config.choices import DecoderChoice, DecoderName
-from hpm_video.decoding.decord import DecordReader
 from hpm_video.decoding.image import FrameFolder, ImageReader
 from hpm_video.decoding.locations import is_frame_folder, is_image, read_bytes, source_of
+from hpm_video.decoding.others import DecordReader, TorchcodecReader
 from hpm_video.decoding.pyav import PyavReader
 from hpm_video.decoding.reader import DecoderError, VideoReader, as_decode_error
-from hpm_video.decoding.torchcodec import TorchcodecReader
 
 
 @dataclass(frozen=True)
