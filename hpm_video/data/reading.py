@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +29,6 @@ from hpm_video.files.failures import Failure
 from hpm_video.randomness import generator, key_of
 
 Indices = NDArray[np.int64]
-Positions = NDArray[Any]
-"""Numbers of frames; not whole ones where a stride is not."""
 ROUNDED = 0.5
 """Seconds by which a section may end after the video: lists often have whole seconds."""
 FIRST_RUN = 32
@@ -112,76 +109,50 @@ class Footage:
             longest = data.max_frame_stride or shortest
             ends = shortest // self.kept_every, longest // self.kept_every
             stride = int(draw.integers(*ends, endpoint=True))
-        return self._frames_at(Dense(self.count, data.num_frames, stride).drawn(draw.random()))
+        begin = int(draw.random() * (self._last_start(data, stride) + 1))
+        return self._dense(data, stride, [begin])[0]
 
     def views(self, data: DataConfig, views: Views) -> Indices:
         """Choose the frames of each clip of the views: -> (clips, T), the first ascending
 
+        Of several, the first starts with the video and the last ends with it. A window goes on as
+        long as it fits; where it does not end with the video, one more clip does.
+
         Raises DecodeError if the video ends before the clip that was asked for.
         """
         stride = self.stride or (data.frame_stride or 1) // self.kept_every
-        dense, first = Dense(self.count, data.num_frames, stride), views.first
+        first, last = views.first, self._last_start(data, stride)
         if first is not None and first >= self.count:
             raise DecodeError(
                 f"its clip must begin in frames 0 to {self.count - 1}, not in {first}"
             )
         if first is not None:
-            return self._frames_at(dense.at([first]))
-        if views.every is not None:
-            return self._frames_at(dense.windows(views.every))
-        if data.sampling == "segments":
+            starts = [first]
+        elif views.every is not None:
+            starts = [*range(0, last, views.every), last]
+        elif data.sampling == "segments":
             return self.first + view_segments(self.count, data.num_frames, views.clips)
-        return self._frames_at(dense.views(views.clips))
+        elif views.clips > 1:
+            starts = [view * last // (views.clips - 1) for view in range(views.clips)]
+        else:
+            starts = [last // 2]
+        return self._dense(data, stride, starts)
 
-    def _frames_at(self, positions: Positions) -> Indices:
-        """Return the numbers of frames in the file, of positions at a steady frame rate."""
+    def _last_start(self, data: DataConfig, stride: float) -> int:
+        """Return the last frame that a dense clip which fits into the video may begin with."""
+        return int(max(self.count - data.num_frames * stride, 0))
+
+    def _dense(self, data: DataConfig, stride: float, starts: Sequence[int]) -> Indices:
+        """Return the dense clips that begin with these frames: -> (clips, T)"""
+        begin = np.asarray(starts, dtype=np.int64)[:, None]
+        last_reached = (self.count - 1 - begin) // stride
+        positions = begin + stride * np.minimum(np.arange(data.num_frames), last_reached)
         if self.seconds is None or self.stride is None or self.count == 1:
             return (self.first + positions).astype(np.int64)
-        begin, last = self.seconds[[0, -1]]
-        moments = begin + positions * (last - begin) / (self.count - 1)
+        shown, last_shown = self.seconds[[0, -1]]
+        moments = shown + positions * (last_shown - shown) / (self.count - 1)
         between = (self.seconds[1:] + self.seconds[:-1]) / 2
         return self.first + np.searchsorted(between, moments)
-
-
-@dataclass(frozen=True)
-class Dense:
-    """The dense clips of a video: so many frames, at a stride."""
-
-    num_video_frames: int
-    num_frames: int
-    stride: float
-
-    @property
-    def spare(self) -> int:
-        """The last frame that a clip which fits into the video may begin with."""
-        return int(max(self.num_video_frames - self.num_frames * self.stride, 0))
-
-    def drawn(self, draw: float) -> Positions:
-        """Choose a training clip; ``draw`` in [0, 1) says where it begins: -> (num_frames,)"""
-        return self.at([int(draw * (self.spare + 1))])[0]
-
-    def views(self, count: int) -> Positions:
-        """Choose clips that start evenly spread over the video: -> (count, num_frames)
-
-        The first starts with the video and the last ends with it; a single one is in the middle.
-        """
-        starts = [view * self.spare // max(count - 1, 1) for view in range(count)]
-        return self.at(starts if count > 1 else [self.spare // 2])
-
-    def windows(self, every: int) -> Positions:
-        """Choose the clips of a window that slides over the video: -> (windows, num_frames)
-
-        They start at 0, ``every``, 2 ``every`` ... as long as they fit. Where the last of these
-        does not end with the video, one more does.
-        """
-        return self.at([*range(0, self.spare, every), self.spare])
-
-    def at(self, starts: Sequence[int]) -> Positions:
-        """Return the clips that begin with these frames: -> (clips, num_frames)"""
-        first = np.asarray(starts, dtype=np.int64)[:, None]
-        last_reached = (self.num_video_frames - 1 - first) // self.stride
-        steps: Positions = np.minimum(np.arange(self.num_frames), last_reached)
-        return first + self.stride * steps
 
 
 def train_segments(num_video_frames: int, frame_draws: Sequence[float]) -> Indices:
