@@ -110,14 +110,9 @@ def check_exact(
 ) -> None:
     """Raise a DecodeError unless a library is known to return the right frames of a video.
 
-    The FFmpeg of other libraries cannot be kept from opening further files, as PyAV's can, so PyAV
-    says what the file is.
-
-    Args:
-        source: the path of the video, or its bytes.
-        library: its name.
-        formats: FFmpeg's names of the containers on which it was found exact.
-        shows_all: it reads the first stream, and also the frames that are not to be shown.
+    PyAV says what the file is, for the FFmpeg of others cannot be kept from opening further files.
+    ``formats``: FFmpeg's names of the containers on which the library was found exact.
+    ``shows_all``: it reads the first stream, and also the frames that are not to be shown.
     """
     container, stream = open_container(source)
     with container:

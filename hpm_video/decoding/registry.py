@@ -22,8 +22,7 @@ from hpm_video.decoding.reader import DecoderError, VideoReader, as_decode_error
 class Decoder:
     """What reads videos."""
 
-    reader: Callable[[str, str | bytes], VideoReader]
-    """Opens a video, given its place, and its path or its bytes."""
+    reader: Callable[[str, str | bytes], VideoReader]  # of a place, and its path or its bytes
     library: str  # the module that it needs, which tells its version
     install: str  # how to install that
 
@@ -43,10 +42,10 @@ def open_video(place: str, decoder: DecoderChoice = "auto") -> VideoReader:
 
     ``place`` is of any kind that :mod:`hpm_video.decoding.locations` has.
 
-    An image comes as 8-bit RGB, turned upright as its EXIF data say. Grey of 16 bits is scaled,
-    transparency dropped (a pixel has the colour that is stored with it), colour profiles are not
-    applied. Of a telephone's several pictures in one file (MPO) it is the first. Animations and
-    files of several pages are refused, and so are pixels in floating point.
+    An image comes as 8-bit RGB, turned upright as its EXIF data say, of a telephone's file of
+    several pictures (MPO) the first. Grey of 16 bits is scaled, transparency dropped (a pixel has
+    the colour that is stored with it), colour profiles are not applied. Animations, files of
+    several pages and pixels in floating point are refused.
 
     Raises:
         DecodeError: it is missing, empty, of another kind or broken.

@@ -43,7 +43,7 @@ class VideoStream:
 
         self._file = source_of(place)
         with PyavReader(place, self._file) as reader:
-            self.times, self._repeats = reader.times, reader.repeats
+            self.times, self._repeats = reader.index.times.tolist(), reader.index.repeats
         self._open()
         stream, container = self._stream, self._container
         self.codec = stream.codec_context.name
