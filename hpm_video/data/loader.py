@@ -28,19 +28,12 @@ from hpm_video.files.failures import Failure
 from hpm_video.workers.pool import NAME, USUAL, Answer, Limits, Pool
 from hpm_video.workers.room import check_room
 
-JOB_BYTES = 2**20
-"""Samples smaller than this are read several in a job, for each job takes the run some time."""
-JOB_FILES = 64
-"""Files of a job at most."""
-JOBS_HELD = 2
-"""Jobs that a process has, so that it finds the next one when it is done."""
-ATTEMPTS = 2
-"""Attempts at a file whose process was lost, which need not be the fault of the file."""
-READY = 1
-"""Complete batches that wait for the run."""
-
-ELSEWHERE = torch.empty(0)
-"""In the place of clips that lie in a batch's buffer already."""
+JOB_BYTES = 2**20  # smaller samples are read several in a job, which takes the run some time
+JOB_FILES = 64  # of a job at most
+JOBS_HELD = 2  # by a process, so that it finds the next one when it is done
+ATTEMPTS = 2  # at a file whose process was lost, which need not be the fault of the file
+READY = 1  # complete batches that wait for the run
+ELSEWHERE = torch.empty(0)  # in the place of clips that lie in a batch's buffer already
 
 Job = tuple[int, Request, int]
 """A file: the number of its source, what is to be read, and where in the shared memory."""
@@ -60,14 +53,13 @@ def clip_batches(
 ) -> Generator[ClipBatch, None, None]:
     """Read the samples at ``places`` of the streams in batches, in that order.
 
-    Those of a whole training run make one iterator: its processes live as long as it does, and go
-    on from one epoch to the next without a pause. Closing it ends them. ``batch_size`` counts
-    videos. Without ``workers`` this process decodes, and a file on which it hangs or crashes ends
-    the run.
+    Its processes live as long as the iterator, over all epochs; closing it ends them.
+    ``batch_size`` counts videos. Without ``workers`` this process decodes, and a file on which it
+    hangs or crashes ends the run.
 
-    Processes write the clips into shared memory, and a batch is a view of it. On a CPU its place is
-    written to again once no tensor refers to it any more: who keeps batches holds up those that are
-    read ahead. With ``gpu`` the batches lie there, copied while the run is at earlier ones.
+    A batch is a view of shared memory. On a CPU its place is written to again once no tensor refers
+    to it: who keeps batches holds up those that are read ahead. With ``gpu`` the batches lie there,
+    copied while the run is at earlier ones.
     """
     if workers == 0 or not places:
         return _read_here(streams, places, batch_size)
@@ -231,14 +223,10 @@ def _in_background(
 class Part:
     """Some views of one video, which follow those of its part before."""
 
-    clips: Tensor
-    """(R, C, T, H, W) uint8, the crops of a clip next to each other."""
-    frames: NDArray[np.int64]
-    """(R, T) the frames of each, by their numbers in the file."""
-    num_views: int
-    """Views of the whole video, or of the section that is meant of it."""
-    num_frames: int
-    """Frames of the file."""
+    clips: Tensor  # (R, C, T, H, W) uint8, the crops of a clip next to each other
+    frames: NDArray[np.int64]  # (R, T) the frames of each, by their numbers in the file
+    num_views: int  # views of the whole video, or of the section that is meant of it
+    num_frames: int  # frames of the file
 
 
 def stream_parts(
@@ -253,10 +241,9 @@ def stream_parts(
 ) -> Generator[tuple[int, Part | Failure], None, None]:
     """Read the views of the videos at ``places`` of a manifest, in parts of at most so many clips.
 
-    Each part comes with the place of its video. After a failure no part of that video follows, and
-    those that came before are void. The parts of several processes come interleaved; closing the
-    generator ends the processes. Without ``workers`` this one decodes, and a file on which it hangs
-    or crashes ends it.
+    Each part comes with the place of its video; those of several processes are interleaved. After a
+    failure no part of its video follows, and those before are void. Closing the generator ends the
+    processes. Without ``workers`` this one decodes, and a file on which it hangs ends it.
     """
     decoder = decoder_for(data.decoder, manifest)
     reader = PartReader(data, views, decoder, max(1, clips_per_part // views.crops))
@@ -280,7 +267,7 @@ def stream_parts(
 
 @dataclass(frozen=True)
 class PartReader:
-    """Reads the parts of a video, in any process."""
+    """Reads the parts of a video, in any process; a failure ends them."""
 
     data: DataConfig
     views: Views
@@ -296,7 +283,6 @@ class PartReader:
         return self.clips_per_part * self.views.crops * of_view
 
     def __call__(self, request: Request) -> Iterator[Part | Failure]:
-        """Read a video; a failure ends its parts."""
         crops, count = self.views.crops, self.clips_per_part
         try:
             with reading.open_request(self.data, self.decoder, request) as (video, footage):

@@ -1,11 +1,10 @@
 """Reading of clips: a file becomes the pixels of the clips that are requested.
 
-An image is a video of one frame. A dense clip takes frames at a stride and spans
-``num_frames * stride`` of them. In a video shorter than that it starts at the first frame, and the
-last frame that the stride reaches repeats. With ``data.fps`` the stride follows from the frame rate
-of the video and need not be whole: it leads to moments, and the frames are those that are shown
-nearest to them. A clip of segments spans the whole video: it takes one frame of each of
-``num_frames`` equal parts. Where a section of a file is meant, it is the video.
+A dense clip takes frames at a stride and spans ``num_frames * stride`` of them. In a video shorter
+than that it starts at the first frame, and the last frame that the stride reaches repeats. With
+``data.fps`` the stride follows from the frame rate and need not be whole: it leads to moments, and
+the frames are those that are shown nearest to them. A clip of segments takes one frame of each of
+``num_frames`` equal parts of the video. Where a section of a file is meant, it is the video.
 """
 
 from abc import ABC, abstractmethod
@@ -29,20 +28,16 @@ from hpm_video.files.failures import Failure
 from hpm_video.randomness import generator, key_of
 
 Indices = NDArray[np.int64]
-ROUNDED = 0.5
-"""Seconds by which a section may end after the video: lists often have whole seconds."""
-FIRST_RUN = 32
-"""Frames that are read at first, before it is known how large they are."""
-RUN_BYTES = 2**27
-"""Bytes of the frames that are read at once later on: about 20 of 1080p, 500 of 240p."""
+ROUNDED = 0.5  # seconds that a section may end after the video: lists often have whole seconds
+FIRST_RUN = 32  # frames that are read at first, before it is known how large they are
+RUN_BYTES = 2**27  # of the frames that are read at once later on: about 20 of 1080p, 500 of 240p
 
 
 @dataclass(frozen=True)
 class Views:
     """The views of a video for validation and tests: so many clips, and so many crops of each.
 
-    One clip is in the middle of the video, or has the first frame of each segment. One crop is in
-    the middle of its frames.
+    A single clip or crop is in the middle; one of segments has the first frame of each.
     """
 
     clips: int = 1
@@ -67,12 +62,10 @@ class Footage:
 
     first: int
     count: int
-    stride: float | None = None
-    """From one frame of a clip to the next, where time decides."""
+    stride: float | None = None  # from one frame of a clip to the next, where time decides
     kept_every: int = 1
     """Strides of a config count the frames of a video of which the file holds every N-th."""
-    seconds: NDArray[np.float64] | None = None
-    """(count,) when each frame is shown."""
+    seconds: NDArray[np.float64] | None = None  # (count,) when each frame is shown
 
     @classmethod
     def of(cls, data: DataConfig, video: VideoReader, request: "Request") -> "Footage":
@@ -169,25 +162,20 @@ def view_segments(num_video_frames: int, num_frames: int, num_views: int) -> Ind
     T of which make a clip.
     """
     places = np.arange(num_frames) * num_views + np.arange(num_views)[:, None]
-    indices: Indices = num_video_frames * places // (num_frames * num_views)
-    return indices
+    return num_video_frames * places // (num_frames * num_views)
 
 
 @dataclass(frozen=True)
 class Request:
     """One row of a manifest, and what is to be taken from it. Small: it goes to another process."""
 
-    path: str
-    """Place of the file, or of the section of it that is meant."""
+    path: str  # place of the file, or of the section of it that is meant
     label: int
-    num_frames: int
-    """Frames that the file is known to have, -1 where that is unknown."""
-    keys: tuple[tuple[int | str, ...], ...]
-    """Keys that the random draws of each clip derive from."""
+    num_frames: int  # frames that the file is known to have, -1 where that is unknown
+    keys: tuple[tuple[int | str, ...], ...]  # keys that the random draws of each clip derive from
     fps: float = 0.0
     """Frames per second that a folder of frames stands for, 0 where that is unknown."""
-    kept_every: int = 1
-    """N where the file holds only every N-th frame of a video."""
+    kept_every: int = 1  # N where the file holds only every N-th frame of a video
 
 
 @contextmanager
@@ -276,8 +264,7 @@ def read_views(
 ) -> Iterator[Tensor]:
     """Yield the crops of each clip in bounded memory: (clips, T) -> (crops, C, T, h, w) uint8
 
-    Frames are read in runs, once each, and are kept, cropped and resized, for as long as a clip
-    still needs them: the first frames of clips have to ascend.
+    Each frame is read once, and its crops kept while a clip needs them: first frames must ascend.
     """
 
     def frames() -> Iterator[tuple[int, Tensor]]:
