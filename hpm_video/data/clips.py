@@ -1,5 +1,6 @@
 """Clips of videos by position: the same position is always the same sample."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import replace
 
@@ -36,7 +37,7 @@ class Clips(ABC):
         self.bad: dict[str, Failure] = {}  # files that are not tried again
         self.source = reader.source
         self.clip_shape = (reader.data.channels, *reader.data.clip_size)
-        self.sample_bytes = clips_per_sample * reading.clip_bytes(reader.data)  # at most
+        self.sample_bytes = clips_per_sample * math.prod(self.clip_shape)  # at most
 
     def __len__(self) -> int:
         return len(self.manifest)

@@ -1,5 +1,6 @@
 """Batches of clips, and parts of long videos, read by processes that are replaced when lost."""
 
+import math
 import multiprocessing
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -14,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.data import DataConfig
 from hpm_video.data import reading
 from hpm_video.data.batch import ClipBatch, Sample, collate
@@ -243,10 +243,10 @@ def stream_parts(
 
     Each part comes with the place of its video; those of several processes are interleaved. After a
     failure no part of its video follows, and those before are void. Closing the generator ends the
-    processes. Without ``workers`` this one decodes, and a file on which it hangs ends it.
+    processes. Without ``workers`` a file on which decoding hangs or crashes ends this process.
     """
     decoder = decoder_for(data.decoder, manifest)
-    reader = PartReader(data, views, decoder, max(1, clips_per_part // views.crops))
+    reader = PartReader(data, decoder, views, max(1, clips_per_part // views.crops))
     check_pace(data, manifest)
     jobs = [(place, request_of(manifest, place)) for place in places]
     if workers == 0:
@@ -266,26 +266,21 @@ def stream_parts(
 
 
 @dataclass(frozen=True)
-class PartReader:
-    """Reads the parts of a video, in any process; a failure ends them."""
+class PartReader(reading.Reader):
+    """Reads the parts of a video; a failure ends them."""
 
-    data: DataConfig
     views: Views
-    decoder: DecoderChoice
     clips_per_part: int
-
-    def prepare(self) -> None:
-        reading.prepare_decoder(self.decoder)
 
     @property
     def part_bytes(self) -> int:
-        of_view = reading.clip_bytes(self.data) + 8 * self.data.num_frames
+        of_view = math.prod((self.data.channels, *self.data.clip_size)) + 8 * self.data.num_frames
         return self.clips_per_part * self.views.crops * of_view
 
     def __call__(self, request: Request) -> Iterator[Part | Failure]:
         crops, count = self.views.crops, self.clips_per_part
         try:
-            with reading.open_request(self.data, self.decoder, request) as (video, footage):
+            with self.open(request) as (video, footage):
                 num_frames = video.frames_stated(request.num_frames)
                 table = footage.views(self.data, self.views)
                 clips = reading.read_views(self.data, video, table, crops)

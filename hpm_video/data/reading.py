@@ -178,33 +178,37 @@ class Request:
     kept_every: int = 1  # N where the file holds only every N-th frame of a video
 
 
-@contextmanager
-def open_request(
-    data: DataConfig, decoder: DecoderChoice, request: Request
-) -> Iterator[tuple[VideoReader, Footage]]:
-    """Open the file of a request, and find the frames that its clips may be taken from.
-
-    Raises DecodeError as :func:`open_video` and :meth:`Footage.of` do.
-    """
-    with open_video(Section.parse(request.path).file, decoder) as video:
-        yield video, Footage.of(data, video, request)
-
-
 @dataclass(frozen=True)
-class ClipReader(ABC):
-    """Reads the clips of a file that are asked for, in any process. Picklable, and small."""
+class Reader:
+    """Reads a file that is asked for, in any process. Picklable, and small."""
 
     data: DataConfig
     decoder: DecoderChoice
-    source: str
 
     def prepare(self) -> None:
         """Import what takes long to import, before the first file is read."""
-        prepare_decoder(self.decoder)
+        with suppress(DecoderError):  # there may be none, for images
+            choose_decoder(self.decoder)
+
+    @contextmanager
+    def open(self, request: Request) -> Iterator[tuple[VideoReader, Footage]]:
+        """Open a file, and find the frames that its clips may be taken from.
+
+        Raises DecodeError as :func:`open_video` and :meth:`Footage.of` do.
+        """
+        with open_video(Section.parse(request.path).file, self.decoder) as video:
+            yield video, Footage.of(self.data, video, request)
+
+
+@dataclass(frozen=True)
+class ClipReader(Reader, ABC):
+    """Reads the clips of a file."""
+
+    source: str
 
     def __call__(self, request: Request) -> Sample:
         """Read the clips. Raises DecodeError as :func:`read_frames` does."""
-        with open_request(self.data, self.decoder, request) as (video, footage):
+        with self.open(request) as (video, footage):
             clips = self.read(video, footage, request)
         keys = tuple(key_of(*key) for key in request.keys)
         return Sample(clips, keys, request.label, request.path, source=self.source)
@@ -297,15 +301,3 @@ def read_frames(data: DataConfig, video: VideoReader, indices: Indices) -> NDArr
             "choose a reader that gives others (data.decoder)"
         )
     return frames
-
-
-def prepare_decoder(decoder: DecoderChoice) -> None:
-    """Import the decoder, so that no file has to wait for it. There may be none, for images."""
-    with suppress(DecoderError):
-        choose_decoder(decoder)
-
-
-def clip_bytes(data: DataConfig) -> int:
-    """Return the bytes of a clip's pixels."""
-    num_frames, height, width = data.clip_size
-    return data.channels * num_frames * height * width

@@ -153,7 +153,6 @@ def _has_end(data: bytes) -> bool:
 
 
 def _rgb(image: "Image.Image") -> Frames:
-    """-> (H, W, 3)"""
     if image.mode[0] not in "IF":
         return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     # 16 bits, which Pillow would cut off at 255 instead of scaling them.

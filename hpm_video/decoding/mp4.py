@@ -1,7 +1,6 @@
 """The index of an H.264 video in an MP4 file, which spares a pass over the file.
 
-FFmpeg gives the times of decoding from it. What leads from these to the times of presentation is
-read here.
+FFmpeg gives the times of decoding. What leads from these to those of presentation is read here.
 """
 
 import io

@@ -1,7 +1,6 @@
 """The frames of a video one after the other, with their times, and what its packets say.
 
-In bounded memory, however long the video is. It is read as :class:`PyavReader` reads it, which
-gets at single frames: frame i is the same one.
+In bounded memory, however long the video is. Frame i is that of :class:`PyavReader`.
 """
 
 from bisect import bisect_left
