@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "hpm_video"
 MAY_IMPORT = {
     "deepspeed": {"training/deepspeed_engine.py"},
-    "decord": {"decoding/decord.py"},
-    "torchcodec": {"decoding/torchcodec.py"},
+    "decord": {"decoding/others.py"},
+    "torchcodec": {"decoding/others.py"},
     "av": {
         "decoding/orientation.py",
         "decoding/pyav.py",

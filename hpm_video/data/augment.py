@@ -1,8 +1,7 @@
 """Random changes of training clips. The parts are those of torchvision and timm.
 
 Both draw from the global generators of a process, so each part runs with generators of its own.
-They are imported when a clip is first changed: it takes seconds, and pre-training on videos needs
-neither.
+They are imported late: it takes seconds, and pre-training on videos needs neither.
 """
 
 import importlib
@@ -31,10 +30,8 @@ class Augmentation(ClipTransform):
     """Least and largest width / height of the box, which is then stretched to the clip's size."""
     flip: bool
     """Whether half of the clips are mirrored. Not for labels that tell left from right."""
-    rand_augment: str | None
-    """timm's string for RandAugment."""
-    erasing: float
-    """Chance that a box of the clip becomes noise."""
+    rand_augment: str | None  # timm's string for RandAugment
+    erasing: float  # chance that a box of the clip becomes noise
     mean: tuple[float, ...]
     std: tuple[float, ...]
     """After normalisation with these the noise is standard normal, where 8 bits hold it."""
@@ -63,10 +60,7 @@ class Augmentation(ClipTransform):
         change_key: int,
         erase_key: int,
     ) -> Tensor:
-        """Resize, mirror, change, erase, with the same operations and strengths for all frames.
-
-        AutoContrast, Equalize and Contrast look at the pixels of each frame.
-        """
+        """Resize, mirror, change, erase, with the same operations and strengths for all frames."""
         clip = resize(pixels, frame_size, self.interpolation, mirrored=mirrored)
         if self.rand_augment is not None:
             change = _rand_augment(self.rand_augment, frame_size, self.mean)

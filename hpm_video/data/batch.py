@@ -13,30 +13,23 @@ from hpm_video.files.failures import Failure
 class Sample:
     """The clips of one video."""
 
-    clips: Tensor
-    """(R, C, T, H, W) uint8"""
+    clips: Tensor  # (R, C, T, H, W) uint8
     keys: tuple[int, ...]
     label: int
     file: str
-    failures: tuple[Failure, ...] = ()
-    """Files that were to be drawn before this one."""
-    source: str = ""
-    """Name of the source of data, where a run has several."""
+    failures: tuple[Failure, ...] = ()  # files that were to be drawn before this one
+    source: str = ""  # name of the source of data, where a run has several
 
 
 @dataclass(frozen=True)
 class ClipBatch:
     """Clips of several videos of one source, those of a video side by side (B = videos x R)."""
 
-    clips: Tensor
-    """(B, C, T, H, W) uint8"""
-    keys: Tensor
-    """(B,) int64, what every further random draw for a clip derives from."""
-    labels: Tensor
-    """(B,) int64, -1 where a video has none."""
+    clips: Tensor  # (B, C, T, H, W) uint8
+    keys: Tensor  # (B,) int64, what every further random draw for a clip derives from
+    labels: Tensor  # (B,) int64, -1 where a video has none
     files: tuple[str, ...]
-    failures: tuple[Failure, ...]
-    """Files that did not decode and were passed over."""
+    failures: tuple[Failure, ...]  # files that did not decode and were passed over
     source: str = ""
 
     def to(self, device: torch.device | str) -> "ClipBatch":

@@ -21,8 +21,7 @@ class Buffers:
     """Buffers of batches, in memory that other processes write to.
 
     A buffer is free when nothing refers to its array: no batch that is read, no tensor of one, no
-    copy to a GPU. No process writes to it then, for a batch is read when each of its jobs is done,
-    or its process dead.
+    copy to a GPU. No process writes to it then: the jobs of a batch that is read are done or dead.
     """
 
     def __init__(self, count: int, size: int) -> None:
@@ -67,7 +66,7 @@ class Sender:
             self._sent.popleft()[0].synchronize()
 
     def receive(self, copy: ClipBatch, event: Any) -> ClipBatch:
-        """Have the thread that calls it use a batch once it is copied, without waiting for that."""
+        """Have the calling thread use a batch once it is copied, without waiting for that."""
         current = torch.cuda.current_stream(self._device)
         current.wait_event(event)
         for tensor in (copy.clips, copy.keys, copy.labels):
@@ -82,10 +81,7 @@ class Sender:
             cudart.cudaHostUnregister(addressof(self._shared))
 
     def _pin(self) -> bool:
-        """Have the memory stay where it is, so that a GPU copies from it by itself, if that goes.
-
-        Where the system does not allow it the run goes on without, and says so.
-        """
+        """Keep the memory in place, for a GPU to copy from it, and say whether that worked."""
         cudart: Any = torch.cuda.cudart()
         size = sizeof(self._shared)
         with torch.cuda.device(self._device):

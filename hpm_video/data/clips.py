@@ -1,5 +1,6 @@
 """Clips of videos by position: the same position is always the same sample."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import replace
 
@@ -22,10 +23,9 @@ from hpm_video.randomness import generator
 
 
 class Clips(ABC):
-    """Clips by position: which file each is of, and how it is read, are two things.
+    """Clips by position: the process of the run decides which file each is of.
 
-    The first is decided here, in the process of the run, which alone has the manifest and knows
-    which files do not decode; the second can be done in any process.
+    It alone has the manifest and knows which files do not decode; any process can read them.
     """
 
     def __init__(
@@ -34,12 +34,10 @@ class Clips(ABC):
         check_pace(reader.data, manifest)
         self.manifest = manifest
         self.reader = reader
-        self.bad: dict[str, Failure] = {}
-        """Files that are known not to decode: they are not tried again."""
+        self.bad: dict[str, Failure] = {}  # files that are not tried again
         self.source = reader.source
         self.clip_shape = (reader.data.channels, *reader.data.clip_size)
-        self.sample_bytes = clips_per_sample * reading.clip_bytes(reader.data)
-        """Bytes of the pixels of a sample, at most."""
+        self.sample_bytes = clips_per_sample * math.prod(self.clip_shape)  # at most
 
     def __len__(self) -> int:
         return len(self.manifest)
@@ -48,7 +46,7 @@ class Clips(ABC):
     def request(self, position: int) -> Request | Sample:
         """Return what to read for a position; a sample where nothing has to be read for it.
 
-        Raises DecodeError or TooManyBadFiles if files are bad and nothing can be read.
+        Raises DecodeError or TooManyBadFiles if nothing can be read.
         """
 
     def __getitem__(self, position: int) -> Sample:
@@ -156,9 +154,8 @@ class VideoClips(Clips):
 class ValidationClips(Clips):
     """The same views of each file every time: nothing is drawn, and each file is decoded once.
 
-    A view is a clip and a crop of it; those of one clip are next to each other. A file that does
-    not decode is never replaced: it is an error, or with ``report_failures`` a sample without
-    views that has the reason.
+    The crops of one clip are next to each other. A file that does not decode is never replaced: it
+    is an error, or with ``report_failures`` a sample without views that has the reason.
     """
 
     def __init__(
@@ -174,8 +171,6 @@ class ValidationClips(Clips):
         decoder = decoder_for(data.decoder, manifest)
         super().__init__(manifest, reading.EvalReader(data, decoder, source, views), views.count)
         self.views, self._seed, self._report_failures = views, seed, report_failures
-        empty = torch.empty(0, data.channels, *data.clip_size, dtype=torch.uint8)
-        self._nothing = Sample(empty, (), -1, "", source=source)
 
     def request(self, position: int) -> Request | Sample:
         """Return a file; of a bad one an empty sample, or raise if failures are not reported."""
@@ -186,7 +181,8 @@ class ValidationClips(Clips):
             return request
         if not self._report_failures:
             raise DecodeError(self.bad[path].reason, path)
-        return replace(self._nothing, label=request.label, file=path, failures=(self.bad[path],))
+        nothing = torch.empty(0, *self.clip_shape, dtype=torch.uint8)
+        return Sample(nothing, (), request.label, path, (self.bad[path],), self.source)
 
 
 def request_of(
@@ -199,10 +195,10 @@ def request_of(
 
 
 def check_pace(data: DataConfig, manifest: Manifest) -> None:
-    """Make sure that all files have the frames that clips at the config's pace are made of.
+    """Raise ManifestError if a file lacks frames or times that clips at the config's pace need.
 
-    Raises ManifestError if an image is to have times, or a folder of frames whose rate is not
-    stated; or if a stride is no multiple of N, where a file holds every N-th frame of its video.
+    So does a file of every N-th frame where a stride is no multiple of N, and for times an image,
+    or a folder of frames whose rate is not stated.
     """
     for file, number in manifest.kept_every.items() if data.sampling == "dense" else ():
         for name in ("frame_stride", "max_frame_stride"):

@@ -1,5 +1,6 @@
 """Batches of clips, and parts of long videos, read by processes that are replaced when lost."""
 
+import math
 import multiprocessing
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -14,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.data import DataConfig
 from hpm_video.data import reading
 from hpm_video.data.batch import ClipBatch, Sample, collate
@@ -28,19 +28,12 @@ from hpm_video.files.failures import Failure
 from hpm_video.workers.pool import NAME, USUAL, Answer, Limits, Pool
 from hpm_video.workers.room import check_room
 
-JOB_BYTES = 2**20
-"""Samples smaller than this are read several in a job, for each job takes the run some time."""
-JOB_FILES = 64
-"""Files of a job at most."""
-JOBS_HELD = 2
-"""Jobs that a process has, so that it finds the next one when it is done."""
-ATTEMPTS = 2
-"""Attempts at a file whose process was lost, which need not be the fault of the file."""
-READY = 1
-"""Complete batches that wait for the run."""
-
-ELSEWHERE = torch.empty(0)
-"""In the place of clips that lie in a batch's buffer already."""
+JOB_BYTES = 2**20  # smaller samples are read several in a job, which takes the run some time
+JOB_FILES = 64  # of a job at most
+JOBS_HELD = 2  # by a process, so that it finds the next one when it is done
+ATTEMPTS = 2  # at a file whose process was lost, which need not be the fault of the file
+READY = 1  # complete batches that wait for the run
+ELSEWHERE = torch.empty(0)  # in the place of clips that lie in a batch's buffer already
 
 Job = tuple[int, Request, int]
 """A file: the number of its source, what is to be read, and where in the shared memory."""
@@ -60,14 +53,13 @@ def clip_batches(
 ) -> Generator[ClipBatch, None, None]:
     """Read the samples at ``places`` of the streams in batches, in that order.
 
-    Those of a whole training run make one iterator: its processes live as long as it does, and go
-    on from one epoch to the next without a pause. Closing it ends them. ``batch_size`` counts
-    videos. Without ``workers`` this process decodes, and a file on which it hangs or crashes ends
-    the run.
+    Its processes live as long as the iterator, over all epochs; closing it ends them.
+    ``batch_size`` counts videos. Without ``workers`` this process decodes, and a file on which it
+    hangs or crashes ends the run.
 
-    Processes write the clips into shared memory, and a batch is a view of it. On a CPU its place is
-    written to again once no tensor refers to it any more: who keeps batches holds up those that are
-    read ahead. With ``gpu`` the batches lie there, copied while the run is at earlier ones.
+    A batch is a view of shared memory. On a CPU its place is written to again once no tensor refers
+    to it: who keeps batches holds up those that are read ahead. With ``gpu`` the batches lie there,
+    copied while the run is at earlier ones.
     """
     if workers == 0 or not places:
         return _read_here(streams, places, batch_size)
@@ -231,14 +223,10 @@ def _in_background(
 class Part:
     """Some views of one video, which follow those of its part before."""
 
-    clips: Tensor
-    """(R, C, T, H, W) uint8, the crops of a clip next to each other."""
-    frames: NDArray[np.int64]
-    """(R, T) the frames of each, by their numbers in the file."""
-    num_views: int
-    """Views of the whole video, or of the section that is meant of it."""
-    num_frames: int
-    """Frames of the file."""
+    clips: Tensor  # (R, C, T, H, W) uint8, the crops of a clip next to each other
+    frames: NDArray[np.int64]  # (R, T) the frames of each, by their numbers in the file
+    num_views: int  # views of the whole video, or of the section that is meant of it
+    num_frames: int  # frames of the file
 
 
 def stream_parts(
@@ -253,13 +241,12 @@ def stream_parts(
 ) -> Generator[tuple[int, Part | Failure], None, None]:
     """Read the views of the videos at ``places`` of a manifest, in parts of at most so many clips.
 
-    Each part comes with the place of its video. After a failure no part of that video follows, and
-    those that came before are void. The parts of several processes come interleaved; closing the
-    generator ends the processes. Without ``workers`` this one decodes, and a file on which it hangs
-    or crashes ends it.
+    Each part comes with the place of its video; those of several processes are interleaved. After a
+    failure no part of its video follows, and those before are void. Closing the generator ends the
+    processes. Without ``workers`` a file on which decoding hangs or crashes ends this process.
     """
     decoder = decoder_for(data.decoder, manifest)
-    reader = PartReader(data, views, decoder, max(1, clips_per_part // views.crops))
+    reader = PartReader(data, decoder, views, max(1, clips_per_part // views.crops))
     check_pace(data, manifest)
     jobs = [(place, request_of(manifest, place)) for place in places]
     if workers == 0:
@@ -279,27 +266,21 @@ def stream_parts(
 
 
 @dataclass(frozen=True)
-class PartReader:
-    """Reads the parts of a video, in any process."""
+class PartReader(reading.Reader):
+    """Reads the parts of a video; a failure ends them."""
 
-    data: DataConfig
     views: Views
-    decoder: DecoderChoice
     clips_per_part: int
-
-    def prepare(self) -> None:
-        reading.prepare_decoder(self.decoder)
 
     @property
     def part_bytes(self) -> int:
-        of_view = reading.clip_bytes(self.data) + 8 * self.data.num_frames
+        of_view = math.prod((self.data.channels, *self.data.clip_size)) + 8 * self.data.num_frames
         return self.clips_per_part * self.views.crops * of_view
 
     def __call__(self, request: Request) -> Iterator[Part | Failure]:
-        """Read a video; a failure ends its parts."""
         crops, count = self.views.crops, self.clips_per_part
         try:
-            with reading.open_request(self.data, self.decoder, request) as (video, footage):
+            with self.open(request) as (video, footage):
                 num_frames = video.frames_stated(request.num_frames)
                 table = footage.views(self.data, self.views)
                 clips = reading.read_views(self.data, video, table, crops)

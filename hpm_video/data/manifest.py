@@ -22,10 +22,8 @@ from hpm_video.files.wording import counted
 
 UNLABELLED = NOT_STATED = -1
 Verdict = Literal["fine", "suspicious", "bad"]
-VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
-"""The verdicts of ``tools/check_videos.py``."""
-LARGEST = 1e15
-"""Limit of the numbers in a manifest."""
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)  # of tools/check_videos.py
+LARGEST = 1e15  # limit of the numbers in a manifest
 _SUFFIXES = f"one of {' '.join(VIDEO_SUFFIXES)} (videos) or {' '.join(IMAGE_SUFFIXES)} (images)"
 _EXPECTED = (
     "Expected: a CSV file whose first line names its columns (path; optional are label, "
@@ -53,10 +51,8 @@ class Listing:
     """A list of files as it is written: every row and column of it, bad files included."""
 
     source: Path
-    table: pd.DataFrame
-    """Its cells as strings, each row under the number of its line."""
-    files: tuple[str, ...]
-    """Place of the file of each row, as in :attr:`Manifest.files`."""
+    table: pd.DataFrame  # its cells as strings, each row under the number of its line
+    files: tuple[str, ...]  # place of the file of each row, as in Manifest.files
 
     def __len__(self) -> int:
         return len(self.files)
@@ -75,8 +71,7 @@ class Manifest:
     files: tuple[str, ...]
     """Absolute paths, or places of the other kinds that :mod:`hpm_video.decoding.locations` has.
     Where rows are sections of videos, so are these: they tell the rows apart."""
-    labels: tuple[int, ...]
-    """Class of each file, -1 where it has none."""
+    labels: tuple[int, ...]  # class of each file, -1 where it has none
     num_frames: tuple[int, ...]
     """Frames that each file is known to have, -1 where the manifest does not state it."""
     label_names: tuple[str, ...] | None = None
@@ -138,12 +133,11 @@ class Manifest:
 def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
     """Read a list of videos or images, or find those of a folder.
 
-    - A CSV file (by commas, semicolons or tabs) whose first line names its columns: ``path`` and,
-      each optional, ``label``, ``label_name``, ``num_frames``, ``kept_every`` (N where the file
-      holds every N-th frame of a video), ``start`` and ``end`` (seconds: a row is then a section of
-      its file), ``fps`` and ``verdict``. An empty cell says nothing; other columns are ignored.
-      Files whose verdict is ``bad`` are left out, and the log counts them. A path may be of any
-      kind that :mod:`hpm_video.decoding.locations` has.
+    - A CSV file (by commas, semicolons or tabs) whose first line names its columns: ``path``, of
+      any kind that :mod:`hpm_video.decoding.locations` has, and optionally ``label``,
+      ``label_name``, ``num_frames``, ``kept_every`` (N where the file holds every N-th frame of a
+      video), ``start`` and ``end`` (seconds: a row is then a section of its file), ``fps`` and
+      ``verdict`` (``bad``: left out). An empty cell says nothing; other columns are ignored.
     - A list without such a line, as VideoMAE and its descendants use: see :func:`_meaning`. The
       numbers at the end of a line are split off, so a path may hold spaces; it may be quoted. Other
       lines that begin with ``#`` are comments.
@@ -154,8 +148,7 @@ def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
 
     Relative paths start from ``root``, by default from the manifest's own folder. With ``..`` a
     path may not climb out of it; where ``root`` is given, absolute paths have to lie in it too.
-    That is a matter of spelling: links are followed wherever they lead, being the work of whoever
-    owns the disk. Whether a listed file exists is not looked at here.
+    Links are followed wherever they lead. Whether a listed file exists is not looked at here.
 
     Raises:
         ManifestError: it cannot be read or holds nothing, a path leads out of the root, all files

@@ -22,9 +22,8 @@ class Place(NamedTuple):
 class Places(Sequence[Place]):
     """The samples of the updates from ``start`` to the last, in order.
 
-    Of several processes each has its own stretch of every batch, so that all of them together have
-    the samples that one would have, each once. Nothing is padded: a batch that begins in one pass
-    over the data goes on into the next.
+    Each of several processes has its own stretch of every batch: together they have the samples of
+    one. Nothing is padded: a batch that begins in one pass over the data goes on into the next.
     """
 
     def __init__(
@@ -40,8 +39,7 @@ class Places(Sequence[Place]):
         self._sources, self._batch_size, self._start = sources, batch_size, start
         self._share = batch_size // processes
         self._first = rank * self._share
-        self._turn = np.zeros(len(sources), np.int64)
-        """How many updates before this one had the same source."""
+        self._turn = np.zeros(len(sources), np.int64)  # earlier updates with the same source
         for source in np.unique(sources):
             its_own = sources == source
             self._turn[its_own] = np.arange(its_own.sum())

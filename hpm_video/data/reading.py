@@ -1,18 +1,16 @@
 """Reading of clips: a file becomes the pixels of the clips that are requested.
 
-An image is a video of one frame. A dense clip takes frames at a stride and spans
-``num_frames * stride`` of them. In a video shorter than that it starts at the first frame, and the
-last frame that the stride reaches repeats. With ``data.fps`` the stride follows from the frame rate
-of the video and need not be whole: it leads to moments, and the frames are those that are shown
-nearest to them. A clip of segments spans the whole video: it takes one frame of each of
-``num_frames`` equal parts. Where a section of a file is meant, it is the video.
+A dense clip takes frames at a stride and spans ``num_frames * stride`` of them. In a video shorter
+than that it starts at the first frame, and the last frame that the stride reaches repeats. With
+``data.fps`` the stride follows from the frame rate and need not be whole: it leads to moments, and
+the frames are those that are shown nearest to them. A clip of segments takes one frame of each of
+``num_frames`` equal parts of the video. Where a section of a file is meant, it is the video.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,22 +28,16 @@ from hpm_video.files.failures import Failure
 from hpm_video.randomness import generator, key_of
 
 Indices = NDArray[np.int64]
-Positions = NDArray[Any]
-"""Numbers of frames; not whole ones where a stride is not."""
-ROUNDED = 0.5
-"""Seconds by which a section may end after the video: lists often have whole seconds."""
-FIRST_RUN = 32
-"""Frames that are read at first, before it is known how large they are."""
-RUN_BYTES = 2**27
-"""Bytes of the frames that are read at once later on: about 20 of 1080p, 500 of 240p."""
+ROUNDED = 0.5  # seconds that a section may end after the video: lists often have whole seconds
+FIRST_RUN = 32  # frames that are read at first, before it is known how large they are
+RUN_BYTES = 2**27  # of the frames that are read at once later on: about 20 of 1080p, 500 of 240p
 
 
 @dataclass(frozen=True)
 class Views:
     """The views of a video for validation and tests: so many clips, and so many crops of each.
 
-    One clip is in the middle of the video, or has the first frame of each segment. One crop is in
-    the middle of its frames.
+    A single clip or crop is in the middle; one of segments has the first frame of each.
     """
 
     clips: int = 1
@@ -70,12 +62,10 @@ class Footage:
 
     first: int
     count: int
-    stride: float | None = None
-    """From one frame of a clip to the next, where time decides."""
+    stride: float | None = None  # from one frame of a clip to the next, where time decides
     kept_every: int = 1
     """Strides of a config count the frames of a video of which the file holds every N-th."""
-    seconds: NDArray[np.float64] | None = None
-    """(count,) when each frame is shown."""
+    seconds: NDArray[np.float64] | None = None  # (count,) when each frame is shown
 
     @classmethod
     def of(cls, data: DataConfig, video: VideoReader, request: "Request") -> "Footage":
@@ -112,76 +102,50 @@ class Footage:
             longest = data.max_frame_stride or shortest
             ends = shortest // self.kept_every, longest // self.kept_every
             stride = int(draw.integers(*ends, endpoint=True))
-        return self._frames_at(Dense(self.count, data.num_frames, stride).drawn(draw.random()))
+        begin = int(draw.random() * (self._last_start(data, stride) + 1))
+        return self._dense(data, stride, [begin])[0]
 
     def views(self, data: DataConfig, views: Views) -> Indices:
         """Choose the frames of each clip of the views: -> (clips, T), the first ascending
 
+        Of several, the first starts with the video and the last ends with it. A window goes on as
+        long as it fits; where it does not end with the video, one more clip does.
+
         Raises DecodeError if the video ends before the clip that was asked for.
         """
         stride = self.stride or (data.frame_stride or 1) // self.kept_every
-        dense, first = Dense(self.count, data.num_frames, stride), views.first
+        first, last = views.first, self._last_start(data, stride)
         if first is not None and first >= self.count:
             raise DecodeError(
                 f"its clip must begin in frames 0 to {self.count - 1}, not in {first}"
             )
         if first is not None:
-            return self._frames_at(dense.at([first]))
-        if views.every is not None:
-            return self._frames_at(dense.windows(views.every))
-        if data.sampling == "segments":
+            starts = [first]
+        elif views.every is not None:
+            starts = [*range(0, last, views.every), last]
+        elif data.sampling == "segments":
             return self.first + view_segments(self.count, data.num_frames, views.clips)
-        return self._frames_at(dense.views(views.clips))
+        elif views.clips > 1:
+            starts = [view * last // (views.clips - 1) for view in range(views.clips)]
+        else:
+            starts = [last // 2]
+        return self._dense(data, stride, starts)
 
-    def _frames_at(self, positions: Positions) -> Indices:
-        """Return the numbers of frames in the file, of positions at a steady frame rate."""
+    def _last_start(self, data: DataConfig, stride: float) -> int:
+        """Return the last frame that a dense clip which fits into the video may begin with."""
+        return int(max(self.count - data.num_frames * stride, 0))
+
+    def _dense(self, data: DataConfig, stride: float, starts: Sequence[int]) -> Indices:
+        """Return the dense clips that begin with these frames: -> (clips, T)"""
+        begin = np.asarray(starts, dtype=np.int64)[:, None]
+        last_reached = (self.count - 1 - begin) // stride
+        positions = begin + stride * np.minimum(np.arange(data.num_frames), last_reached)
         if self.seconds is None or self.stride is None or self.count == 1:
             return (self.first + positions).astype(np.int64)
-        begin, last = self.seconds[[0, -1]]
-        moments = begin + positions * (last - begin) / (self.count - 1)
+        shown, last_shown = self.seconds[[0, -1]]
+        moments = shown + positions * (last_shown - shown) / (self.count - 1)
         between = (self.seconds[1:] + self.seconds[:-1]) / 2
         return self.first + np.searchsorted(between, moments)
-
-
-@dataclass(frozen=True)
-class Dense:
-    """The dense clips of a video: so many frames, at a stride."""
-
-    num_video_frames: int
-    num_frames: int
-    stride: float
-
-    @property
-    def spare(self) -> int:
-        """The last frame that a clip which fits into the video may begin with."""
-        return int(max(self.num_video_frames - self.num_frames * self.stride, 0))
-
-    def drawn(self, draw: float) -> Positions:
-        """Choose a training clip; ``draw`` in [0, 1) says where it begins: -> (num_frames,)"""
-        return self.at([int(draw * (self.spare + 1))])[0]
-
-    def views(self, count: int) -> Positions:
-        """Choose clips that start evenly spread over the video: -> (count, num_frames)
-
-        The first starts with the video and the last ends with it; a single one is in the middle.
-        """
-        starts = [view * self.spare // max(count - 1, 1) for view in range(count)]
-        return self.at(starts if count > 1 else [self.spare // 2])
-
-    def windows(self, every: int) -> Positions:
-        """Choose the clips of a window that slides over the video: -> (windows, num_frames)
-
-        They start at 0, ``every``, 2 ``every`` ... as long as they fit. Where the last of these
-        does not end with the video, one more does.
-        """
-        return self.at([*range(0, self.spare, every), self.spare])
-
-    def at(self, starts: Sequence[int]) -> Positions:
-        """Return the clips that begin with these frames: -> (clips, num_frames)"""
-        first = np.asarray(starts, dtype=np.int64)[:, None]
-        last_reached = (self.num_video_frames - 1 - first) // self.stride
-        steps: Positions = np.minimum(np.arange(self.num_frames), last_reached)
-        return first + self.stride * steps
 
 
 def train_segments(num_video_frames: int, frame_draws: Sequence[float]) -> Indices:
@@ -198,54 +162,53 @@ def view_segments(num_video_frames: int, num_frames: int, num_views: int) -> Ind
     T of which make a clip.
     """
     places = np.arange(num_frames) * num_views + np.arange(num_views)[:, None]
-    indices: Indices = num_video_frames * places // (num_frames * num_views)
-    return indices
+    return num_video_frames * places // (num_frames * num_views)
 
 
 @dataclass(frozen=True)
 class Request:
     """One row of a manifest, and what is to be taken from it. Small: it goes to another process."""
 
-    path: str
-    """Place of the file, or of the section of it that is meant."""
+    path: str  # place of the file, or of the section of it that is meant
     label: int
-    num_frames: int
-    """Frames that the file is known to have, -1 where that is unknown."""
-    keys: tuple[tuple[int | str, ...], ...]
-    """Keys that the random draws of each clip derive from."""
+    num_frames: int  # frames that the file is known to have, -1 where that is unknown
+    keys: tuple[tuple[int | str, ...], ...]  # keys that the random draws of each clip derive from
     fps: float = 0.0
     """Frames per second that a folder of frames stands for, 0 where that is unknown."""
-    kept_every: int = 1
-    """N where the file holds only every N-th frame of a video."""
-
-
-@contextmanager
-def open_request(
-    data: DataConfig, decoder: DecoderChoice, request: Request
-) -> Iterator[tuple[VideoReader, Footage]]:
-    """Open the file of a request, and find the frames that its clips may be taken from.
-
-    Raises DecodeError as :func:`open_video` and :meth:`Footage.of` do.
-    """
-    with open_video(Section.parse(request.path).file, decoder) as video:
-        yield video, Footage.of(data, video, request)
+    kept_every: int = 1  # N where the file holds only every N-th frame of a video
 
 
 @dataclass(frozen=True)
-class ClipReader(ABC):
-    """Reads the clips of a file that are asked for, in any process. Picklable, and small."""
+class Reader:
+    """Reads a file that is asked for, in any process. Picklable, and small."""
 
     data: DataConfig
     decoder: DecoderChoice
-    source: str
 
     def prepare(self) -> None:
         """Import what takes long to import, before the first file is read."""
-        prepare_decoder(self.decoder)
+        with suppress(DecoderError):  # there may be none, for images
+            choose_decoder(self.decoder)
+
+    @contextmanager
+    def open(self, request: Request) -> Iterator[tuple[VideoReader, Footage]]:
+        """Open a file, and find the frames that its clips may be taken from.
+
+        Raises DecodeError as :func:`open_video` and :meth:`Footage.of` do.
+        """
+        with open_video(Section.parse(request.path).file, self.decoder) as video:
+            yield video, Footage.of(self.data, video, request)
+
+
+@dataclass(frozen=True)
+class ClipReader(Reader, ABC):
+    """Reads the clips of a file."""
+
+    source: str
 
     def __call__(self, request: Request) -> Sample:
         """Read the clips. Raises DecodeError as :func:`read_frames` does."""
-        with open_request(self.data, self.decoder, request) as (video, footage):
+        with self.open(request) as (video, footage):
             clips = self.read(video, footage, request)
         keys = tuple(key_of(*key) for key in request.keys)
         return Sample(clips, keys, request.label, request.path, source=self.source)
@@ -305,8 +268,7 @@ def read_views(
 ) -> Iterator[Tensor]:
     """Yield the crops of each clip in bounded memory: (clips, T) -> (crops, C, T, h, w) uint8
 
-    Frames are read in runs, once each, and are kept, cropped and resized, for as long as a clip
-    still needs them: the first frames of clips have to ascend.
+    Each frame is read once, and its crops kept while a clip needs them: first frames must ascend.
     """
 
     def frames() -> Iterator[tuple[int, Tensor]]:
@@ -339,15 +301,3 @@ def read_frames(data: DataConfig, video: VideoReader, indices: Indices) -> NDArr
             "choose a reader that gives others (data.decoder)"
         )
     return frames
-
-
-def prepare_decoder(decoder: DecoderChoice) -> None:
-    """Import the decoder, so that no file has to wait for it. There may be none, for images."""
-    with suppress(DecoderError):
-        choose_decoder(decoder)
-
-
-def clip_bytes(data: DataConfig) -> int:
-    """Return the bytes of a clip's pixels."""
-    num_frames, height, width = data.clip_size
-    return data.channels * num_frames * height * width

@@ -19,8 +19,7 @@ _LAST_NUMBERS = re.compile(
 def groups_by_name(files: Sequence[str], labels: Sequence[str]) -> list[str] | None:
     """Group files whose names in one folder differ by their last numbers alone.
 
-    Returns None where names do not tell groups: no class has two of them. Raises ManifestError if
-    names tell groups of some classes, and make one of all files of another.
+    None where no class has two groups. Raises ManifestError if some have, and others one of all.
     """
     groups = []
     for file in files:
@@ -56,8 +55,7 @@ def groups_by_column(listing: Listing, column: str) -> list[str]:
 
 def joined_groups(groups: Sequence[str], contents: Sequence[str]) -> list[str]:
     """Make one of groups that share a file of equal content (empty: unknown)."""
-    leader: dict[str, str] = {}
-    first: dict[str, str] = {}
+    leader, first = dict[str, str](), dict[str, str]()
 
     def find(group: str) -> str:
         while leader.get(group, group) != group:

@@ -14,8 +14,7 @@ from torch.nn import functional
 from hpm_video.config.choices import Interpolation
 from hpm_video.config.data import DataConfig
 
-LONGEST = 16
-"""Ratio of sides from which on a frame is cut: resized, the rest would be huge."""
+LONGEST = 16  # ratio of sides from which on a frame is cut: resized, the rest would be huge
 SCALES = (1.0, 0.875, 0.75, 0.66)
 """Sides of a multi-scale crop, as shares of those of the largest crop."""
 SCALE_PAIRS = tuple(
@@ -59,21 +58,12 @@ class ClipTransform(ABC):
     ) -> tuple[Box, Change]:
         """Draw a box of frames of ``size``, height and width, and what becomes of it."""
 
-    def __call__(
-        self, frames: NDArray[np.uint8], frame_size: tuple[int, int], draw: np.random.Generator
-    ) -> Tensor:
-        """Draw and do it: (T, H, W, C) uint8 -> (C, T, h, w) uint8"""
-        height, width = frames.shape[1:3]
-        box, change = self.draw((height, width), frame_size, draw)
-        return change(cut(frames, box))
-
 
 @dataclass(frozen=True)
 class MultiScaleCrop(ClipTransform):
     """A multi-scale crop, the same in all frames: the augmentation of pre-training."""
 
-    flip: bool
-    """Whether half of the clips are mirrored."""
+    flip: bool  # whether half of the clips are mirrored
     interpolation: Interpolation = "bilinear"
 
     def draw(
@@ -115,17 +105,16 @@ def centre_box(height: int, width: int, frame_size: tuple[int, int]) -> Box:
 
 def view_boxes(height: int, width: int, frame_size: tuple[int, int], count: int) -> list[Box]:
     """Spread boxes of the size of :func:`centre_box` evenly along the free axis; one is central."""
-    centre = centre_box(height, width, frame_size)
-    return _spread(centre, height, width, count)
+    return _spread(centre_box(height, width, frame_size), height, width, count)
 
 
 def view_crops(frames: NDArray[np.uint8], data: DataConfig, count: int) -> list[Tensor]:
     """Crop frames, evenly spread along the free axis: (T, H, W, C) -> count x (C, T, h, w)
 
     Each is the largest box of the shape of ``data.frame_size``, resized to it. With
-    ``data.validation_short_side``, the frames are first resized so that their shorter side has that
-    many pixels, and the crops are cut out of them as they are (ImageNet's customary 256 and 224);
-    of frames more than ``LONGEST`` times as long as short, out of the middle of that length.
+    ``data.validation_short_side`` the shorter side of the frames is first resized to that, and the
+    crops are cut out as they are (ImageNet's customary 256 and 224); of frames more than
+    ``LONGEST`` times as long as short, out of the middle of that length.
     """
     height, width = frames.shape[1:3]
     frame_size, short = data.frame_size, data.validation_short_side
@@ -142,10 +131,8 @@ def view_crops(frames: NDArray[np.uint8], data: DataConfig, count: int) -> list[
     boxes = _spread(middle, *scaled, count)
     along = ("left", "top")[scaled[0] >= scaled[1]]  # the longer side alone
     boxes = [replace(middle, **{along: getattr(box, along)}) for box in boxes]
-    return [
-        resized[:, :, box.top : box.top + box.height, box.left : box.left + box.width]
-        for box in boxes
-    ]
+    height, width = frame_size
+    return [resized[:, :, box.top :, box.left :][:, :, :height, :width] for box in boxes]
 
 
 def cut(frames: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:

@@ -25,10 +25,9 @@ class ImageReader(VideoReader):
     """The one frame of an image."""
 
     def __init__(self, path: str, data: bytes, *, of_video: bool = False) -> None:
-        """``of_video``: it is one of many, and pixels of a JPEG come from torchvision.
+        """``of_video``: it is one of many, and torchvision decodes a JPEG to the same pixels.
 
-        They are the same, in a little more than half the time, but torchvision's libjpeg prints a
-        line about each that is damaged.
+        That takes half the time, but its libjpeg prints a line about each that is damaged.
         """
         super().__init__(path)
         self._frames: Frames | None = None
@@ -154,7 +153,6 @@ def _has_end(data: bytes) -> bool:
 
 
 def _rgb(image: "Image.Image") -> Frames:
-    """-> (H, W, 3)"""
     if image.mode[0] not in "IF":
         return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     # 16 bits, which Pillow would cut off at 255 instead of scaling them.

@@ -1,7 +1,6 @@
 """The index of an H.264 video in an MP4 file, which spares a pass over the file.
 
-FFmpeg gives the times of decoding from it. What leads from these to the times of presentation is
-read here.
+FFmpeg gives the times of decoding. What leads from these to those of presentation is read here.
 """
 
 import io
@@ -19,15 +18,13 @@ _LARGEST = 2**26  # bytes of an index
 class Listing(NamedTuple):
     """What an MP4 file says about the samples of its only H.264 track."""
 
-    runs: NDArray[np.uint32]
-    """(K, 2) so many samples, and what is added to their times of decoding"""
+    runs: NDArray[np.uint32]  # (K, 2) so many samples, and what is added to their times of decoding
     file_bytes: int
 
     def packets(self, entries: Sequence[Any]) -> list[tuple[int, int, bool]]:
-        """Return the times of presentation and decoding of each packet, and whether it is a key.
+        """Return the times of presentation and decoding of FFmpeg's entries, and which are keys.
 
-        ``entries``: FFmpeg's. Empty where the times are not certain, such as after edits, or where
-        not all packets are in the file.
+        Empty where times are not certain, such as after edits, or packets are not in the file.
         """
         ends = [entry.pos + entry.size for entry in entries]
         is_plain = all(entry.size > 0 and not entry.is_discard for entry in entries)

@@ -14,12 +14,9 @@ if TYPE_CHECKING:
 class Orientation(NamedTuple):
     """What is done to a frame, in this order."""
 
-    transposed: bool = False
-    """Rows become columns."""
-    mirrored_x: bool = False
-    """Left and right change places."""
-    mirrored_y: bool = False
-    """Top and bottom change places."""
+    transposed: bool = False  # rows become columns
+    mirrored_x: bool = False  # left and right change places
+    mirrored_y: bool = False  # top and bottom change places
 
     @property
     def is_mirrored(self) -> bool:

@@ -39,14 +39,10 @@ INDICES_HELD = 64
 class Index:
     """The frames of a video and how to reach them, as far as its packets say."""
 
-    times: NDArray[np.int64]
-    """Presentation times of the frames, rising; none where times do not tell their order."""
-    keys: list[tuple[int, int | None]]
-    """Times of presentation and decoding of the key frames that may be sought, rising."""
-    repeats: bool
-    """Whether a packet without a frame shows the one before again: the picture is the same."""
-    may_skip: bool
-    """Whether frames to which no other one refers may be left out."""
+    times: NDArray[np.int64]  # of presentation, rising; none where they do not tell the order
+    keys: list[tuple[int, int | None]]  # times of presentation and decoding that may be sought
+    repeats: bool  # whether a packet without a frame shows the one before again
+    may_skip: bool  # whether frames to which no other one refers may be left out
 
 
 _INDICES: dict[tuple[str, int, int], Index] = {}
@@ -59,8 +55,8 @@ def open_container(
 ) -> "tuple[av.container.InputContainer, av.VideoStream]":
     """Open the path of a video, or its bytes, and find the stream that FFmpeg ranks best.
 
-    FFmpeg can open nothing else on its behalf, and decodes on one thread. Where it does not probe,
-    it decodes nothing to find out more than the container says.
+    FFmpeg can open nothing else on its behalf, and decodes on one thread. Without ``probes``
+    nothing is decoded to find out more than the container says.
 
     Raises:
         DecodeError: it is no video, or there is no decoder for it.
@@ -100,11 +96,10 @@ def open_container(
 
 
 class PyavReader(VideoReader):
-    """Seeks to the key frame before the first frame that is wanted, and decodes from there on.
+    """Decodes from the key frame before the first frame wanted, or goes on where it stopped.
 
-    Where it stopped it goes on, when the next frames that are wanted follow. Frames that are not
-    wanted are not decoded where no other one refers to them. A frame is identified by its time,
-    or where the container has none by counting from the first.
+    Frames that are not wanted are not decoded where no other one refers to them. A frame is
+    identified by its time, or where the container has none by counting from the first.
     """
 
     def __init__(self, path: str, source: str | bytes) -> None:
@@ -122,11 +117,11 @@ class PyavReader(VideoReader):
         self._listing = read_listing(source)
         self._open()
         try:
-            self._index = self._known_index()
+            self.index = self._known_index()
         except BaseException:
             self.close()
             raise
-        self._num_frames = len(self._index.times) or None
+        self._num_frames = len(self.index.times) or None
         self._counts_by_decoding = not self._num_frames
 
     def _open(self) -> None:
@@ -188,18 +183,8 @@ class PyavReader(VideoReader):
             if packet.size and not packet.is_discard
         ]
 
-    @property
-    def times(self) -> list[int]:
-        """Presentation times of the frames, rising; none where they do not tell the order."""
-        return self._index.times.tolist()
-
-    @property
-    def repeats(self) -> bool:
-        """Whether a packet without a frame shows the one before again."""
-        return self._index.repeats
-
     def seconds(self, count: int) -> NDArray[np.float64]:
-        times = self.times
+        times = self.index.times.tolist()
         if not times:  # those of decoding are evenly spaced, and leave gaps where it does
             packets = self._packets_from(None)
             times = sorted(p.dts for p in packets if p.size and p.dts is not None)
@@ -214,10 +199,8 @@ class PyavReader(VideoReader):
     def _first_that_comes(self, otherwise: int) -> int | None:
         """Return the time of the first frame that can be decoded, none if the times may lie.
 
-        ``otherwise``: where the beginning is damaged, and none comes that could tell.
-
-        Which of the first frames come, and in which order, only the decoder knows where a video may
-        begin inside a group, or states times in the order of its packets.
+        Where a video may begin inside a group, or its times have the order of its packets, only
+        the decoder knows. ``otherwise``: where the beginning is damaged, and none can tell.
         """
         import av
 
@@ -227,10 +210,6 @@ class PyavReader(VideoReader):
             came += (frame.pts for _, frame in islice(frames, _TRIED))
         known = [time for time in came if time is not None]
         return [*known, otherwise][0] if known == came == sorted(set(known)) else None
-
-    @property
-    def _is_timed(self) -> bool:
-        return len(self._index.times) > 0
 
     def _has_one_layer(self) -> bool:
         """Whether it is HEVC, of which the record in the container says so."""
@@ -259,8 +238,9 @@ class PyavReader(VideoReader):
         if not self._may_have(indices[-1]):
             raise self._ends_before(indices[-1])
         frames: list[Frames] = []
-        for run in self._runs(self._index.times[indices].tolist() if self._is_timed else indices):
-            taken = self._take(run, skip=self._index.may_skip)
+        times = self.index.times
+        for run in self._runs(times[indices].tolist() if len(times) else indices):
+            taken = self._take(run, skip=self.index.may_skip)
             if len(taken) < len(run):
                 self._at = None  # from a key frame on, and with all frames: it may be damaged
                 taken = self._take(run, skip=False)
@@ -295,23 +275,23 @@ class PyavReader(VideoReader):
         key = self._key_before(time)
         if key is None or key[0] <= at:
             return False
-        times = self._index.times
+        times = self.index.times
         return bisect_left(times, key[0]) - bisect_right(times, at) > _SEEK_SAVES
 
     def _key_before(self, time: int) -> tuple[int, int | None] | None:
         """Return the last key frame up to a time, if there is one."""
-        keys = self._index.keys
+        keys = self.index.keys
         place = bisect_right(keys, time, key=lambda key: key[0])
         return keys[place - 1] if place else None
 
     def _take(self, run: list[int], *, skip: bool) -> list[Frames]:
-        """Decode the frames of a run, as many as come: -> (H, W, 3) each"""
+        """Decode as many frames of a run as come: -> (H, W, 3) each"""
         # Whether the run comes next, or soon, from where decoding stopped.
         ahead = self._at is not None and self._at < run[0] and not self._is_far(self._at, run[0])
         if not ahead or not self._skipped.isdisjoint(run):
             self._start_at(self._key_before(run[0]))
         self._wanted, self._last_wanted, self._skips = set(run), run[-1], skip
-        repeats = self.repeats and not skip
+        repeats = self.index.repeats and not skip
         taken: list[Frames] = []
         last: av.VideoFrame | None = None
         for number, frame in self._frames:
@@ -330,7 +310,8 @@ class PyavReader(VideoReader):
         """Let frames come from a key frame on, or from the first frame."""
         self._at, self._skipped, self._skips = None, set(), False
         packets = self._packets_from(key)
-        self._frames = self._by_time(packets) if self._is_timed else self._by_number(packets)
+        is_timed = len(self.index.times) > 0
+        self._frames = self._by_time(packets) if is_timed else self._by_number(packets)
 
     def _by_time(self, packets: "Packets") -> "Numbered":
         for packet in packets:

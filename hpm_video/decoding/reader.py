@@ -15,10 +15,8 @@ from hpm_video.files.errors import ExpectedError
 
 Frames = NDArray[np.uint8]
 """(K, H, W, C) uint8: RGB, unless a reader gives other channels."""
-Size = tuple[int, int]
-"""Height and width."""
+Size = tuple[int, int]  # height and width
 TRANSCODE = "Encode it anew: tools/transcode.py"
-"""A remedy."""
 
 
 class DecodeError(ExpectedError):
@@ -48,7 +46,7 @@ class VideoReader(ABC):
         """``path``: its place, as :mod:`hpm_video.decoding.locations` has it."""
         self.path = path
         self._num_frames: int | None = None
-        self._counts_by_decoding = False
+        self._counts_by_decoding = False  # whether to know their number takes decoding them all
         self._size: Size | None = None
 
     @property
@@ -101,7 +99,6 @@ class VideoReader(ABC):
         return self._must_count() or index < self.num_frames
 
     def _must_count(self) -> bool:
-        """Whether to know the number of frames takes decoding them all."""
         return self._num_frames is None and self._counts_by_decoding
 
     @abstractmethod

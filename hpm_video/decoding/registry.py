@@ -11,20 +11,18 @@ from dataclasses import dataclass
 from functools import cache
 
 from hpm_video.config.choices import DecoderChoice, DecoderName
-from hpm_video.decoding.decord import DecordReader
 from hpm_video.decoding.image import FrameFolder, ImageReader
 from hpm_video.decoding.locations import is_frame_folder, is_image, read_bytes, source_of
+from hpm_video.decoding.others import DecordReader, TorchcodecReader
 from hpm_video.decoding.pyav import PyavReader
 from hpm_video.decoding.reader import DecoderError, VideoReader, as_decode_error
-from hpm_video.decoding.torchcodec import TorchcodecReader
 
 
 @dataclass(frozen=True)
 class Decoder:
     """What reads videos."""
 
-    reader: Callable[[str, str | bytes], VideoReader]
-    """Opens a video, given its place, and its path or its bytes."""
+    reader: Callable[[str, str | bytes], VideoReader]  # of a place, and its path or its bytes
     library: str  # the module that it needs, which tells its version
     install: str  # how to install that
 
@@ -44,10 +42,10 @@ def open_video(place: str, decoder: DecoderChoice = "auto") -> VideoReader:
 
     ``place`` is of any kind that :mod:`hpm_video.decoding.locations` has.
 
-    An image comes as 8-bit RGB, turned upright as its EXIF data say. Grey of 16 bits is scaled,
-    transparency dropped (a pixel has the colour that is stored with it), colour profiles are not
-    applied. Of a telephone's several pictures in one file (MPO) it is the first. Animations and
-    files of several pages are refused, and so are pixels in floating point.
+    An image comes as 8-bit RGB, turned upright as its EXIF data say, of a telephone's file of
+    several pictures (MPO) the first. Grey of 16 bits is scaled, transparency dropped (a pixel has
+    the colour that is stored with it), colour profiles are not applied. Animations, files of
+    several pages and pixels in floating point are refused.
 
     Raises:
         DecodeError: it is missing, empty, of another kind or broken.

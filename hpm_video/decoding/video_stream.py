@@ -1,7 +1,6 @@
 """The frames of a video one after the other, with their times, and what its packets say.
 
-In bounded memory, however long the video is. It is read as :class:`PyavReader` reads it, which
-gets at single frames: frame i is the same one.
+In bounded memory, however long the video is. Frame i is that of :class:`PyavReader`.
 """
 
 from bisect import bisect_left
@@ -43,7 +42,7 @@ class VideoStream:
 
         self._file = source_of(place)
         with PyavReader(place, self._file) as reader:
-            self.times, self._repeats = reader.times, reader.repeats
+            self.times, self._repeats = reader.index.times.tolist(), reader.index.repeats
         self._open()
         stream, container = self._stream, self._container
         self.codec = stream.codec_context.name

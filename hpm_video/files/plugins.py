@@ -18,10 +18,8 @@ TABLES: dict[Kind, tuple[str, str]] = {
     "optimizer": ("training.optim", "OPTIMIZERS"),
 }
 """Module and name of the table of each kind, which is imported when something is added to it."""
-GROUP = "hpm_video.plugins"
-"""The group of entry points, each of which is a function that calls :func:`register`."""
-REGISTERED: dict[tuple[Kind, str], Any] = {}
-"""What was added, by kind and name."""
+GROUP = "hpm_video.plugins"  # of entry points: functions that call register()
+REGISTERED: dict[tuple[Kind, str], Any] = {}  # what was added, by kind and name
 
 
 class PluginError(ExpectedError, RuntimeError):

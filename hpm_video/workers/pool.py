@@ -36,18 +36,12 @@ from hpm_video.workers.process import serve, unpacked
 
 Job = TypeVar("Job")
 
-START_SECONDS = 300
-"""Seconds for a process to start: the first one waits until the server has imported torch."""
-STARTS = 3
-"""Times that a process may fail to start before the run ends."""
-SAFE_BYTES = 2**15
-"""Two jobs of this size fit into the buffer of a pipe."""
-REAPING = 30
-"""Seconds until the exit code of a process is known: the server that forked it looks first."""
-TICK = 0.25
-"""Seconds between two looks at the clock."""
-NAME = "hpm_video decoding"
-"""Name of the processes of pools."""
+START_SECONDS = 300  # for a process: the first one waits until the server has imported torch
+STARTS = 3  # times that a process may fail to start before the run ends
+SAFE_BYTES = 2**15  # two jobs of this size fit into the buffer of a pipe
+REAPING = 30  # seconds until an exit code is known: the server that forked the process looks first
+TICK = 0.25  # seconds between two looks at the clock
+NAME = "hpm_video decoding"  # of the processes of pools
 GIB = 2**30
 
 
@@ -72,12 +66,9 @@ class Lost(Failure):
 class Answer(NamedTuple):
     """What came of a job."""
 
-    tag: Any
-    """Tag with which the job was submitted."""
-    result: Any
-    """A result, or :class:`Lost`."""
-    is_last: bool
-    """Nothing more comes of this job."""
+    tag: Any  # with which the job was submitted
+    result: Any  # or Lost
+    is_last: bool  # nothing more comes of this job
 
 
 class PoolStopped(Exception):  # noqa: N818 - not an error: nobody wants results any more
@@ -108,8 +99,7 @@ class Pool(Generic[Job]):
         """Start so many ``workers``, at least 1.
 
         ``result_bytes``: of the arrays in a result; larger ones come through a pipe, slowly.
-        ``depth``: jobs that a process holds. With 2 it finds the next one when it is done, however
-        long the run takes to answer.
+        ``depth``: jobs that a process holds; with 2 it need not wait for the run.
         """
         self._limits = limits
         self._jobs: deque[_Job] = deque()
@@ -199,8 +189,7 @@ class _Worker:
         # A file without a name: nothing is left of it, however this process ends.
         self._shared = context.RawArray(c_byte, max(result_bytes * depth, 1))
         self.held: deque[_Job] = deque()
-        self.returned: list[_Job] = []
-        """Jobs that a process which ended had not begun, or that may be begun once more."""
+        self.returned: list[_Job] = []  # by a process that ended, to be begun by another
         self._failed_starts = 0
         self._start()
 
@@ -221,14 +210,10 @@ class _Worker:
         theirs.close()
         watched.close()
         self.process, self._ready = process, False
-        self._since: float | None = None
-        """When it began what it is at; not known yet of one that starts."""
+        self._since: float | None = None  # when it began what it is at, unknown while it starts
 
     def takes(self, job: _Job) -> bool:
-        """Whether it can be given a job now.
-
-        Sending a large one waits until the process reads it, so that must be idle.
-        """
+        """Whether it can be given a job now: only when idle a large one, which it has to read."""
         if len(job.data) > SAFE_BYTES:
             return self._ready and not self.held
         return len(self.held) < self._depth

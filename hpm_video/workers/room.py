@@ -59,10 +59,7 @@ def usable_cores() -> int:
 
 
 def default_workers() -> int:
-    """Processes that decode: one per core that may be used but one, at least 1 and at most 16.
-
-    Processes of torchrun share the cores.
-    """
+    """Processes that decode: usable cores, shared with those of torchrun, but one; 1 to 16."""
     share = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(max(share - 1, 1), MAX_WORKERS)
 

@@ -16,7 +16,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from hpm_video.config.data import TIMMS_STRING, AugmentationConfig
 from hpm_video.data.augment import Augmentation, random_box
-from hpm_video.data.transforms import Box
+from hpm_video.data.transforms import Box, cut
 from hpm_video.randomness import global_generators
 from hpm_video.tokens.patches import normalise
 
@@ -27,6 +27,12 @@ ALL = Augmentation(
 )
 WHOLE = Augmentation((1.0, 1.0), (1.0, 1.0), False, None, 0.0, (0.4, 0.5, 0.6), (0.05, 0.1, 0.1))
 """It leaves square frames unchanged. Its noise is never black, and never clipped."""
+
+
+def applied(transform, frames, frame_size, draw):
+    height, width = frames.shape[1:3]
+    box, change = transform.draw((height, width), frame_size, draw)
+    return change(cut(frames, box))
 
 
 def frames_of(num_frames: int = 3, height: int = 40, width: int = 56, seed: int = 0) -> np.ndarray:
@@ -53,7 +59,9 @@ def test_a_clip_depends_on_its_draw_alone():
         random.seed(other)
         np.random.seed(other)
         torch.manual_seed(other)
-        clips.append([ALL(frames, (32, 24), np.random.default_rng(seed)) for seed in range(20)])
+        clips.append(
+            [applied(ALL, frames, (32, 24), np.random.default_rng(seed)) for seed in range(20)]
+        )
     for first, second in zip(*clips, strict=True):
         assert torch.equal(first, second)
     assert len({clip.numpy().tobytes() for clip in clips[0]}) == 20
@@ -61,7 +69,9 @@ def test_a_clip_depends_on_its_draw_alone():
 
 def test_a_generator_goes_on():
     draw = np.random.default_rng(0)
-    assert not torch.equal(ALL(frames_of(), (32, 32), draw), ALL(frames_of(), (32, 32), draw))
+    assert not torch.equal(
+        applied(ALL, frames_of(), (32, 32), draw), applied(ALL, frames_of(), (32, 32), draw)
+    )
 
 
 def test_the_global_generators_are_left_alone():
@@ -72,7 +82,7 @@ def test_the_global_generators_are_left_alone():
         expected = next_numbers()
     with global_generators(5):
         for seed in range(4):
-            replace(ALL, erasing=1.0)(frames_of(), (32, 32), np.random.default_rng(seed))
+            applied(replace(ALL, erasing=1.0), frames_of(), (32, 32), np.random.default_rng(seed))
         assert next_numbers() == expected
 
 
@@ -80,7 +90,7 @@ def test_the_global_generators_are_left_alone():
 def test_the_frames_keep_their_values(num_frames):
     frames = frames_of(num_frames, 32, 32)
     for augmentation in (replace(ALL, erasing=1.0), replace(WHOLE, erasing=1.0)):
-        augmentation(frames, (32, 32), np.random.default_rng(0))
+        applied(augmentation, frames, (32, 32), np.random.default_rng(0))
     assert np.array_equal(frames, frames_of(num_frames, 32, 32))
 
 
@@ -97,30 +107,30 @@ def test_the_frames_keep_their_values(num_frames):
 def test_every_size_gives_a_clip(num_frames, height, width, frame_size, seed):
     augmentation = replace(ALL, erasing=0.5)
     frames = frames_of(num_frames, height, width)
-    clip = augmentation(frames, frame_size, np.random.default_rng(seed))
+    clip = applied(augmentation, frames, frame_size, np.random.default_rng(seed))
     assert clip.shape == (3, num_frames, *frame_size)
     assert clip.dtype == torch.uint8
     assert clip.is_contiguous()
 
 
 def test_it_travels_to_another_process():
-    ALL(frames_of(), (32, 32), np.random.default_rng(0))
+    applied(ALL, frames_of(), (32, 32), np.random.default_rng(0))
     copy = pickle.loads(pickle.dumps(ALL))
     assert copy == ALL
-    clips = [a(frames_of(), (32, 32), np.random.default_rng(3)) for a in (ALL, copy)]
+    clips = [applied(a, frames_of(), (32, 32), np.random.default_rng(3)) for a in (ALL, copy)]
     assert torch.equal(*clips)
 
 
 @pytest.mark.parametrize("seed", range(30))
 def test_frames_that_are_alike_stay_alike(seed):
     frames = np.repeat(frames_of(num_frames=1), 4, axis=0)
-    clip = replace(ALL, erasing=0.0)(frames, (32, 32), np.random.default_rng(seed))
+    clip = applied(replace(ALL, erasing=0.0), frames, (32, 32), np.random.default_rng(seed))
     assert torch.equal(clip, clip[:, :1].expand_as(clip))
 
 
 def test_without_any_change_pixels_stay():
     frames = frames_of(2, 32, 32)
-    clip = WHOLE(frames, (32, 32), np.random.default_rng(0))
+    clip = applied(WHOLE, frames, (32, 32), np.random.default_rng(0))
     assert np.array_equal(clip.permute(1, 2, 3, 0).numpy(), frames)
 
 
@@ -171,7 +181,9 @@ def test_the_box_is_that_of_torchvision(size):
 
 def test_the_clip_is_the_box_resized():
     frames = frames_of()
-    clip = replace(WHOLE, area=AREA, ratio=RATIO)(frames, (32, 24), np.random.default_rng(4))
+    clip = applied(
+        replace(WHOLE, area=AREA, ratio=RATIO), frames, (32, 24), np.random.default_rng(4)
+    )
     box = random_box(40, 56, AREA, RATIO, keys_of(4)[0])
     corners = (box.left, box.top, box.left + box.width, box.top + box.height)
     for frame, ours in zip(frames, clip.unbind(1), strict=True):
@@ -183,8 +195,8 @@ def test_half_of_the_clips_are_mirrored_and_not_otherwise_changed():
     crop = replace(WHOLE, area=AREA, ratio=RATIO)
     frames, mirrored = frames_of(2), 0
     for seed in range(600):
-        plain = crop(frames, (16, 16), np.random.default_rng(seed))
-        clip = replace(crop, flip=True)(frames, (16, 16), np.random.default_rng(seed))
+        plain = applied(crop, frames, (16, 16), np.random.default_rng(seed))
+        clip = applied(replace(crop, flip=True), frames, (16, 16), np.random.default_rng(seed))
         if not torch.equal(clip, plain):
             assert torch.equal(clip, plain.flip(-1))
             mirrored += 1
@@ -195,7 +207,7 @@ def test_left_stays_left_without_flip():
     brightening = np.tile(np.arange(0, 240, 6, dtype=np.uint8)[:, None], (2, 40, 1, 3))
     crop = replace(WHOLE, area=AREA, ratio=RATIO)
     for seed in range(100):
-        clip = crop(brightening, (16, 16), np.random.default_rng(seed)).int()
+        clip = applied(crop, brightening, (16, 16), np.random.default_rng(seed)).int()
         assert (clip.diff(dim=-1) >= 0).all()
         assert (clip[..., -1] > clip[..., 0]).all()
 
@@ -213,8 +225,10 @@ def test_each_frame_is_what_timm_makes_of_it(config):
     crop = replace(WHOLE, area=AREA, ratio=RATIO, mean=mean)
     frames, changed = frames_of(), 0
     for seed in range(40):
-        plain = crop(frames, (48, 32), np.random.default_rng(seed))
-        clip = replace(crop, rand_augment=config)(frames, (48, 32), np.random.default_rng(seed))
+        plain = applied(crop, frames, (48, 32), np.random.default_rng(seed))
+        clip = applied(
+            replace(crop, rand_augment=config), frames, (48, 32), np.random.default_rng(seed)
+        )
         changed += not torch.equal(clip, plain)
         for before, after in zip(plain.unbind(1), clip.unbind(1), strict=True):
             image = Image.fromarray(before.permute(1, 2, 0).numpy())
@@ -236,7 +250,7 @@ def test_timms_strings_pass(config):
 def test_what_passes_is_what_timm_takes(config):
     augmentation = replace(WHOLE, rand_augment=config)
     for seed in range(3):
-        augmentation(frames_of(1, 8, 8), (8, 8), np.random.default_rng(seed))
+        applied(augmentation, frames_of(1, 8, 8), (8, 8), np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize("config", ["rand-m10-n1-p1-inc1", "rand-m0-n1-p1", "rand-m30-mmax30-inc1"])
@@ -244,7 +258,8 @@ def test_without_bits_a_frame_is_black(config):
     """This is timm's strongest Posterize, which Pillow 13 refuses."""
     augmentation = replace(WHOLE, rand_augment=config)
     clips = [
-        augmentation(frames_of(2, 8, 8), (8, 8), np.random.default_rng(seed)) for seed in range(60)
+        applied(augmentation, frames_of(2, 8, 8), (8, 8), np.random.default_rng(seed))
+        for seed in range(60)
     ]
     assert any((clip == 0).all() for clip in clips)
 
@@ -299,7 +314,9 @@ def erased(chance: float, count: int, num_frames: int = 2) -> list[torch.Tensor]
     """Black clips of 32 x 32 pixels, which are erased with that chance."""
     black = np.zeros((num_frames, 32, 32, 3), dtype=np.uint8)
     augmentation = replace(WHOLE, erasing=chance)
-    return [augmentation(black, (32, 32), np.random.default_rng(seed)) for seed in range(count)]
+    return [
+        applied(augmentation, black, (32, 32), np.random.default_rng(seed)) for seed in range(count)
+    ]
 
 
 @pytest.mark.parametrize(("chance", "least", "most"), [(0, 0, 0), (0.25, 70, 130), (1, 400, 400)])
@@ -345,8 +362,8 @@ def test_erasing_is_that_of_timm_on_normalised_clips():
     frames = frames_of(2, 32, 32)
     plain = replace(WHOLE, mean=ALL.mean, std=ALL.std)
     for seed in range(20):
-        before = plain(frames, (32, 32), np.random.default_rng(seed))
-        after = replace(plain, erasing=0.5)(frames, (32, 32), np.random.default_rng(seed))
+        before = applied(plain, frames, (32, 32), np.random.default_rng(seed))
+        after = applied(replace(plain, erasing=0.5), frames, (32, 32), np.random.default_rng(seed))
         seen = normalise(before, ALL.mean, ALL.std, channel_axis=0).flatten(0, 1)
         with global_generators(keys_of(seed)[2]):
             RandomErasing(0.5, mode="pixel", device="cpu")(seen)

@@ -1,11 +1,13 @@
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpm_video.data.reading import Dense, train_segments, view_segments
+from hpm_video.config.data import DataConfig
+from hpm_video.data.reading import Footage, Views, train_segments, view_segments
 
 counts = {
     "num_video_frames": st.integers(1, 500),
@@ -13,6 +15,16 @@ counts = {
     "stride": st.integers(1, 8),
 }
 draws = st.floats(0, 1, exclude_max=True)
+
+
+def drawn(num_video_frames, num_frames, stride, draw):
+    generator = SimpleNamespace(random=lambda: draw)
+    return Footage(0, num_video_frames, stride).draw(DataConfig(num_frames=num_frames), generator)
+
+
+def viewed(num_video_frames, num_frames, stride, count):
+    data = DataConfig(num_frames=num_frames)
+    return Footage(0, num_video_frames, stride).views(data, Views(count))
 
 
 @pytest.mark.parametrize(
@@ -33,7 +45,7 @@ draws = st.floats(0, 1, exclude_max=True)
     ],
 )
 def test_training_clips_of_16_frames_at_stride_4(num_video_frames, draw, expected):
-    assert Dense(num_video_frames, 16, 4).drawn(draw).tolist() == list(expected)
+    assert drawn(num_video_frames, 16, 4, draw).tolist() == list(expected)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +60,7 @@ def test_training_clips_of_16_frames_at_stride_4(num_video_frames, draw, expecte
     ],
 )
 def test_a_single_view_is_the_middle_clip(num_video_frames, num_frames, stride, expected):
-    views = Dense(num_video_frames, num_frames, stride).views(1)
+    views = viewed(num_video_frames, num_frames, stride, 1)
     assert views.tolist() == [list(expected)]
 
 
@@ -65,7 +77,7 @@ def test_a_single_view_is_the_middle_clip(num_video_frames, num_frames, stride, 
     ],
 )
 def test_views_are_spread_over_the_video(num_video_frames, num_frames, stride, num_views, starts):
-    views = Dense(num_video_frames, num_frames, stride).views(num_views)
+    views = viewed(num_video_frames, num_frames, stride, num_views)
     assert views[:, 0].tolist() == list(starts)
     for start, view in zip(starts, views, strict=True):
         reached = [start + stride * step for step in range(num_frames)]
@@ -77,7 +89,7 @@ def test_views_are_spread_over_the_video(num_video_frames, num_frames, stride, n
 def test_views_begin_with_the_video_end_with_it_and_are_even(
     num_video_frames, num_frames, stride, num_views
 ):
-    views = Dense(num_video_frames, num_frames, stride).views(num_views)
+    views = viewed(num_video_frames, num_frames, stride, num_views)
     assert views.shape == (num_views, num_frames)
     assert views[0, 0] == 0
     spare = max(num_video_frames - num_frames * stride, 0)
@@ -91,8 +103,8 @@ def test_indices_are_in_range_ascending_and_exactly_as_many(
     num_video_frames, num_frames, stride, draw, num_views
 ):
     for indices in (
-        Dense(num_video_frames, num_frames, stride).drawn(draw),
-        *Dense(num_video_frames, num_frames, stride).views(num_views),
+        drawn(num_video_frames, num_frames, stride, draw),
+        *viewed(num_video_frames, num_frames, stride, num_views),
     ):
         assert indices.shape == (num_frames,)
         assert indices.dtype == np.int64
@@ -104,7 +116,7 @@ def test_indices_are_in_range_ascending_and_exactly_as_many(
 
 
 def test_all_starts_are_equally_likely():
-    starts = [Dense(20, 4, 4).drawn(draw)[0] for draw in np.linspace(0, 1, 500, endpoint=False)]
+    starts = [drawn(20, 4, 4, draw)[0] for draw in np.linspace(0, 1, 500, endpoint=False)]
     assert np.bincount(starts).tolist() == [100] * 5
 
 

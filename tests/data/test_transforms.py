@@ -27,6 +27,12 @@ from hpm_video.randomness import generator
 sides = st.integers(8, 500)
 
 
+def applied(transform, frames, frame_size, draw):
+    height, width = frames.shape[1:3]
+    box, change = transform.draw((height, width), frame_size, draw)
+    return change(cut(frames, box))
+
+
 @pytest.mark.parametrize(
     ("height", "width", "frame_size", "expected"),
     [
@@ -170,9 +176,9 @@ def test_a_multi_scale_crop_is_its_box_mirrored_in_about_half_of_the_clips_if_wa
     for seed in range(200):
         box = multi_scale_box(40, 60, (16, 24), generator("clip", seed))
         expected = resize(cut(frames, box), (16, 24), "bilinear")
-        plain = MultiScaleCrop(flip=False)(frames, (16, 24), generator("clip", seed))
+        plain = applied(MultiScaleCrop(flip=False), frames, (16, 24), generator("clip", seed))
         assert torch.equal(plain, expected)
-        clip = MultiScaleCrop(flip=True)(frames, (16, 24), generator("clip", seed))
+        clip = applied(MultiScaleCrop(flip=True), frames, (16, 24), generator("clip", seed))
         assert clip.shape == (3, 2, 16, 24)
         mirrored = torch.equal(clip, torch.from_numpy(expected.numpy()[..., ::-1].copy()))
         assert mirrored or torch.equal(clip, expected)
@@ -281,7 +287,10 @@ def test_bicubic_pixels_stay_in_their_range():
 def test_a_multi_scale_crop_is_resized_with_the_given_interpolation(interpolation):
     frames = noise(40, 60)
     box = multi_scale_box(40, 60, (16, 24), generator("clip", 1))
-    clip = MultiScaleCrop(flip=False, interpolation=interpolation)(
-        frames, (16, 24), generator("clip", 1)
+    clip = applied(
+        MultiScaleCrop(flip=False, interpolation=interpolation),
+        frames,
+        (16, 24),
+        generator("clip", 1),
     )
     assert torch.equal(clip, resize(cut(frames, box), (16, 24), interpolation))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from hpm_video.decoding import pyav as decode_pyav
-from hpm_video.decoding.exact import check_exact
+from hpm_video.decoding.others import check_exact
 from hpm_video.decoding.reader import DecodeError, as_decode_error
 from hpm_video.decoding.registry import available_decoders, open_video
 

@@ -191,8 +191,8 @@ def test_frames_broken_in_the_middle(tmp_path, write_painted, decoder):
 
 def test_a_frame_that_never_comes_out(videos, monkeypatch):
     with open_video(str(videos["b_frames.mp4"]), "pyav") as video:
-        later = dataclasses.replace(video._index, times=video._index.times + 1)
-        monkeypatch.setattr(video, "_index", later)
+        later = dataclasses.replace(video.index, times=video.index.times + 1)
+        monkeypatch.setattr(video, "index", later)
         with pytest.raises(DecodeError, match="only 0 of 2 frames came out"):
             video.read([3, 20])
 
@@ -216,7 +216,7 @@ def counted(videos, monkeypatch):
 
         def noted(packets):
             for time, frame in by_time(packets):
-                decoded.append(video.times.index(time))
+                decoded.append(video.index.times.tolist().index(time))
                 yield time, frame
 
         monkeypatch.setattr(video, "_by_time", noted)
@@ -275,7 +275,7 @@ def test_frames_that_skipping_loses_are_decoded_with_all_others(counted, numbers
 
     def losing(packets):
         for time, frame in by_time(packets):
-            if not video._skips or video.times.index(time) != 16:
+            if not video._skips or video.index.times.tolist().index(time) != 16:
                 yield time, frame
 
     video._by_time = losing
@@ -300,8 +300,8 @@ def test_reading_goes_on_after_damage(tmp_path, write_painted, numbers_of):
 
 def test_a_seek_that_lands_elsewhere_is_noticed(videos, numbers_of, monkeypatch):
     with open_video(str(videos["b_frames.mp4"]), "pyav") as video:
-        late = [(pts - 3000, dts - 1) for pts, dts in video._index.keys]
-        monkeypatch.setattr(video, "_index", dataclasses.replace(video._index, keys=late))
+        late = [(pts - 3000, dts - 1) for pts, dts in video.index.keys]
+        monkeypatch.setattr(video, "index", dataclasses.replace(video.index, keys=late))
         assert numbers_of(video.read([2, 14, 25])) == [2, 14, 25]
 
 
@@ -369,7 +369,8 @@ def read_twice(path):
             video = pyav.PyavReader(str(path), str(path))
         with video:
             frames = video.read(range(0, video.num_frames, 3))
-            found.append((video.times, video.repeats, frames, video._listing is not None))
+            times, repeats = video.index.times.tolist(), video.index.repeats
+            found.append((times, repeats, frames, video._listing is not None))
     (times, repeats, frames, is_used), (*same, as_packets, _) = found
     assert (times, repeats) == (*same,)
     assert np.array_equal(frames, as_packets)

@@ -4,6 +4,7 @@ from fractions import Fraction
 from types import SimpleNamespace
 
 import av
+import numpy as np
 import pytest
 
 from hpm_video.decoding import video_stream
@@ -56,7 +57,7 @@ def stream_of(monkeypatch):
 
         class Reader:
             def __init__(self, *_):
-                self.times, self.repeats = times, repeats
+                self.index = SimpleNamespace(times=np.array(times), repeats=repeats)
 
             def __enter__(self):
                 return self

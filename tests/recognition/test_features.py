@@ -20,7 +20,7 @@ from hpm_video.data import reading
 from hpm_video.data.clips import ValidationClips
 from hpm_video.data.loader import stream_parts
 from hpm_video.data.manifest import Manifest, read_manifest
-from hpm_video.data.reading import Dense, Views
+from hpm_video.data.reading import Footage, Views
 from hpm_video.data.transforms import centre_box, cut, resize
 from hpm_video.decoding.reader import DecodeError
 from hpm_video.decoding.registry import open_video
@@ -141,6 +141,10 @@ def clip_of(video, indices, size=(32, 32)):
 # --- Which windows ------------------------------------------------------------------------------
 
 
+def windows_of(frames, num_frames, stride, every):
+    return Footage(0, frames, stride).views(DataConfig(num_frames=num_frames), Views(every=every))
+
+
 @pytest.mark.parametrize(
     ("frames", "every", "starts"),
     [
@@ -155,7 +159,7 @@ def clip_of(video, indices, size=(32, 32)):
     ],
 )
 def test_windows_of_4_frames_at_stride_2(frames, every, starts):
-    windows = Dense(frames, 4, 2).windows(every)
+    windows = windows_of(frames, 4, 2, every)
     assert windows[:, 0].tolist() == starts
     last = frames - 1
     assert windows.tolist() == [
@@ -170,7 +174,7 @@ def test_windows_of_4_frames_at_stride_2(frames, every, starts):
     every=st.integers(1, 60),
 )
 def test_windows_cover_the_video(frames, num_frames, stride, every):
-    windows = Dense(frames, num_frames, stride).windows(every)
+    windows = windows_of(frames, num_frames, stride, every)
     span = num_frames * stride
     starts = windows[:, 0]
     assert windows.dtype == np.int64
@@ -249,7 +253,7 @@ def test_a_long_video_is_read_in_runs_and_each_frame_once(monkeypatch):
     found = [part for _, part in parts_of(manifest, data, Views(every=3), clips_per_part=7)]
     assert [len(run) for run in LongVideo.reads[:-1]] == [5] + [20] * (len(LongVideo.reads) - 2)
     read = [frame for run in LongVideo.reads for frame in run]
-    windows = Dense(900, 4, 2).windows(3)
+    windows = windows_of(900, 4, 2, 3)
     assert read == np.unique(windows).tolist(), "the manifest knows how many frames there are"
     clips = torch.cat([part.clips for part in found])
     assert clips[:, 0, :, 0, 0].tolist() == (windows % 251).tolist()

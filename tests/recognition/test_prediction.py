@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from hpm_video.config.data import DataConfig
 from hpm_video.config.loading import load_config, save_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data import loader
-from hpm_video.data.reading import Dense
+from hpm_video.data.reading import Footage, Views
 from hpm_video.data.transforms import cut, resize, view_boxes
 from hpm_video.decoding.registry import open_video
 from hpm_video.models.from_config import build_classifier, build_student
@@ -90,7 +91,8 @@ def by_hand(checkpoint, video, clips, crops, weights="model"):
     classifier = Inference.load(trained, torch.device("cpu"), "fp32")
     sums = np.zeros(len(NAMES))
     with open_video(str(video)) as reader:
-        for indices in Dense(reader.num_frames, 4, 1).views(clips):
+        footage = Footage(0, reader.num_frames, 1)
+        for indices in footage.views(DataConfig(num_frames=4), Views(clips)):
             frames = reader.read(indices)
             for box in view_boxes(frames.shape[1], frames.shape[2], (32, 24), crops):
                 clip = resize(cut(frames, box), (32, 24), "bilinear")

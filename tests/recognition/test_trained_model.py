@@ -11,7 +11,7 @@ import torch
 from hpm_video.config.loading import load_config, save_config
 from hpm_video.config.schema import FinetuneConfig
 from hpm_video.data.manifest import Manifest, ManifestError, write_manifest
-from hpm_video.data.reading import Dense, Views
+from hpm_video.data.reading import Footage, Views
 from hpm_video.data.transforms import cut, resize, view_boxes
 from hpm_video.decoding.registry import open_video
 from hpm_video.files.failures import BadFilesError
@@ -167,7 +167,7 @@ def naive_scores(recogniser, manifest, views):
     spec, table = recogniser.data, []
     for file in manifest.files:
         with open_video(file, "auto") as video:
-            clips = Dense(video.num_frames, spec.num_frames, spec.frame_stride).views(views.clips)
+            clips = Footage(0, video.num_frames).views(spec, views)
             frames = [video.read(indices) for indices in clips]
         boxes = view_boxes(*frames[0].shape[1:3], spec.frame_size, views.crops)
         crops = [resize(cut(f, box), spec.frame_size, "bilinear") for f in frames for box in boxes]
