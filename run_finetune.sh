@@ -15,7 +15,7 @@ prepare_run configs/finetune/demo.yaml "$@"
 # interrupted goes on, and one that is complete says so.
 demo="$(sed -n 's|^init_weights: runs/\(demo[a-z_]*\)/.*|\1|p' "${arguments[0]}" 2>/dev/null || true)"
 if [[ -n $demo && -f configs/pretrain/$demo.yaml && "${arguments[*]}" != *init_weights=* &&
-  "${arguments[*]}" != *--dry-run* ]]; then
+  " ${arguments[*]}" != *" -"* ]]; then
   trap '' PIPE # nobody may read the output any more
   printf '== pre-training of the demo\n' || true
   "$python" tools/launch.py tools/pretrain.py "configs/pretrain/$demo.yaml"

@@ -83,8 +83,10 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     if arguments.keep_every > 1 and (arguments.copy or arguments.fps):
         parser.error("--keep-every chooses frames: leave out --copy and --fps")
     arguments.shard_bytes = round(arguments.shard_size * GB)
-    if arguments.fps:
+    if arguments.fps is not None:
         arguments.fps = Fraction(arguments.fps).limit_denominator(SIMPLEST)
+        if not 0 < arguments.fps <= 1000:
+            parser.error(f"--fps must be between 1/{SIMPLEST} and 1000")
     return arguments
 
 

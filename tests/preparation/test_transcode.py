@@ -1066,6 +1066,8 @@ def test_write_video_takes_a_fraction_and_puts_the_index_in_front(tmp_path):
         ("--short-side", "0"),
         ("--fps", "0"),
         ("--fps", "1/0"),
+        ("--fps", "0.0004"),  # no fraction with a denominator of a frame rate
+        ("--fps", "1e9"),
         ("--crf", "52"),
         ("--quality", "0"),
         ("--shard-size", "inf"),

@@ -248,10 +248,13 @@ def test_the_launcher_starts_all_programs(clone: Clone) -> None:
 def test_a_dry_run_may_go_without_data(clone: Clone) -> None:
     sizes = ["--files=9", "--clips-per-second=2.5"]
     assert clone.run("run_finetune.sh", "seed=1", "--dry-run").returncode == 0
+    assert clone.run("run_finetune.sh", "--dry").returncode == 0  # or an option that is none
     assert clone.run("run_pretrain.sh", "--dry-run", *sizes, DEMO).returncode == 0
     assert [start[1:] for start in clone.starts()] == [
         PREPARE,
         ["tools/finetune.py", FINETUNE, "seed=1", "--dry-run"],
+        PREPARE,
+        ["tools/finetune.py", FINETUNE, "--dry"],
         ["tools/pretrain.py", DEMO, "--dry-run", *sizes],
     ]
 
