@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PHYSICAL_LINES = 22_999
-CODE_LINES = 16_246
+PHYSICAL_LINES = 23_001
+CODE_LINES = 16_248
 LINES = {
     ".": 85,
     "datasets": 858,
@@ -33,7 +33,7 @@ LINES = {
     "hpm_video/weights": 1797,
     "hpm_video/workers": 604,
     "tests": 1279,
-    "tools": 2458,
+    "tools": 2460,
 }
 """Physical lines of each folder; "." is the scripts at the root."""
 MODULES_AT_THE_ROOT = 5
