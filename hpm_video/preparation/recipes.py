@@ -241,14 +241,14 @@ def write(output: Path, names: Sequence[str], splits: Sequence[Split]) -> None:
     tables = {f"{each.name}.csv": _rows(output, names, each) for each in splits if each.found}
     texts = {name: "".join(f"{line}\n" for line in lines) for name, lines in lists.items()}
     _check_what_is_there(output, texts["labels.txt"], tables)
-    for name, rows in tables.items():
-        write_table(output / name, COLUMNS, rows)
     for name, text in texts.items():
         if not text:
             (output / name).unlink(missing_ok=True)  # no file is missing any more
             continue
         with written_beside(output / name) as beside:
             beside.write_text(text, encoding="utf-8", newline="")
+    for name, rows in tables.items():
+        write_table(output / name, COLUMNS, rows)
 
 
 def _rows(output: Path, names: Sequence[str], split: Split) -> Rows:
