@@ -430,7 +430,7 @@ def test_bad_files_are_written_once_and_read_back(tmp_path):
     resumed = BadFiles(path, num_files=10, max_bad_share=0.3)
     assert len(resumed.failures) == 2
     resumed.note([failure(2), failure(3)])
-    with pytest.raises(TooManyBadFiles, match=r"(?s)4 of 10 .* 0\.3 allows 3") as caught:
+    with pytest.raises(TooManyBadFiles, match=r"(?s)4 of 10 .*=0\.3 allows 3") as caught:
         resumed.note([failure(4)])
     assert failure(1).reason in str(caught.value)
     assert len(path.read_text().splitlines()) == 5, "the last one is recorded too"

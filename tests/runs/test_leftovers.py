@@ -80,7 +80,7 @@ def test_pictures_that_a_kill_interrupted_are_drawn_at_the_next_start(
     assert part.name.endswith(".part.png")
     finish(start_program("tools/pretrain.py", *command))
     assert [path.name for path in (run / "pictures").iterdir()] == ["update-00000003.png"]
-    assert "is complete: 3 updates" in finish(start_program("tools/pretrain.py", *command))
+    assert "is complete, with 3 updates" in finish(start_program("tools/pretrain.py", *command))
 
 
 def test_a_killed_run_leaves_no_temporary_files_for_ever(config_file, tmp_path):
