@@ -13,6 +13,7 @@ from hpm_video.data.clips import VideoClips
 from hpm_video.data.loader import clip_batches, end_workers
 from hpm_video.data.mixture import Places, deal_out
 from hpm_video.files.failures import BadFiles
+from hpm_video.files.wording import counted
 from hpm_video.recognition.inference import Reading
 from hpm_video.runs.autotune import choose_plan, precision_of
 from hpm_video.runs.cost import cost_of_clips
@@ -63,7 +64,7 @@ def run(task: Task, processes: Processes = Processes()) -> Path:  # noqa: B008 -
             claim(directory, task.config, notes)
         processes.wait()
         if is_complete:
-            log.info("%s is complete, with %d updates", directory.path, directory.update)
+            log.info("%s is complete, with %s", directory.path, counted(updates, "update"))
         else:
             train(task, clips, directory, plan, engine, objective, evaluation)
         if processes.is_first:
