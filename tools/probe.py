@@ -89,7 +89,7 @@ def probe_cached(arguments: argparse.Namespace) -> dict[str, Any]:
     if "knn" in arguments.probes and max(neighbours) > count:
         raise ConfigError(
             f"--neighbours must be at most the number of training videos, {count}, got "
-            f"{max(neighbours)}"
+            f"{max(neighbours)}; give smaller numbers: --neighbours {min(10, count)}"
         )
     if "logistic" in arguments.probes and count < probes.FOLDS:
         raise ConfigError(
